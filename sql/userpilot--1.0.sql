@@ -1,0 +1,715 @@
+/* userpilot--1.0.sql: everything CREATE EXTENSION userpilot makes */
+
+-- complain if script is sourced in psql, rather than via CREATE EXTENSION
+\echo Use "CREATE EXTENSION userpilot" to load this file. \quit
+
+-- ---------------------------------------------------------------------------
+-- Environments: foreign server + user mapping for PUBLIC
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION userpilot_validator(options text[], catalog oid)
+RETURNS void
+AS 'MODULE_PATHNAME'
+LANGUAGE C STRICT PARALLEL SAFE;
+
+REVOKE ALL ON FUNCTION userpilot_validator(text[], oid) FROM PUBLIC;
+
+COMMENT ON FUNCTION userpilot_validator(text[], oid) IS
+'checks the options of servers and user mappings of foreign-data wrapper userpilot';
+
+CREATE FOREIGN DATA WRAPPER userpilot
+	VALIDATOR userpilot_validator;
+
+COMMENT ON FOREIGN DATA WRAPPER userpilot IS
+'Userpilot environments: a server says where and how to send, its user mapping for PUBLIC holds the API key';
+
+/*
+ * No pg_extension_config_dump here: a restored dump must find this table
+ * empty, so that only the original sends.
+ */
+CREATE TABLE userpilot_enabled (
+	server text PRIMARY KEY,
+	system_identifier bigint NOT NULL,
+	database oid NOT NULL,
+	enabled_at timestamptz NOT NULL DEFAULT now(),
+	by text NOT NULL
+);
+
+REVOKE ALL ON TABLE userpilot_enabled FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_enabled IS
+'servers that were enabled, each for one database of one system; not dumped, so that a copy never sends by itself';
+COMMENT ON COLUMN userpilot_enabled.server IS
+'name of the foreign server';
+COMMENT ON COLUMN userpilot_enabled.system_identifier IS
+'system identifier of the cluster that sends';
+COMMENT ON COLUMN userpilot_enabled.database IS
+'OID of the database that sends';
+COMMENT ON COLUMN userpilot_enabled.enabled_at IS
+'when it was last enabled';
+COMMENT ON COLUMN userpilot_enabled.by IS
+'role that last enabled it';
+
+CREATE FUNCTION userpilot_enable(server name)
+RETURNS void
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION userpilot_enable(name) IS
+'makes this database the one that sends to the server; for the server''s owner';
+
+CREATE FUNCTION userpilot_disable(server name)
+RETURNS void
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION userpilot_disable(name) IS
+'stops sending to the server; what is queued stays queued; for the server''s owner';
+
+-- ---------------------------------------------------------------------------
+-- Tables
+-- ---------------------------------------------------------------------------
+
+CREATE TABLE userpilot_queue (
+	lsn pg_lsn NOT NULL,
+	xid xid8 NOT NULL,
+	enqueued_at timestamptz NOT NULL,
+	batch bigint,
+	bulk boolean NOT NULL,
+	server text NOT NULL,
+	kind text NOT NULL,
+	entity_id text NOT NULL,
+	company_id text,
+	metadata jsonb NOT NULL
+);
+CREATE INDEX userpilot_queue_look ON userpilot_queue (xid) WHERE NOT bulk;
+-- a table without key can otherwise not be deleted from once it is published
+ALTER TABLE userpilot_queue REPLICA IDENTITY FULL;
+REVOKE ALL ON TABLE userpilot_queue FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_queue IS 'Changes that Userpilot has not acknowledged yet. Written by the functions, triggers and aggregates in the caller''s transaction; rows are never updated, and deleted only when acknowledged or moved to userpilot_dead_letters.';
+COMMENT ON COLUMN userpilot_queue.lsn IS 'WAL insert position when the change was queued: orders two changes made under one row lock. Rows of a bulk SELECT carry the position at its start.';
+COMMENT ON COLUMN userpilot_queue.xid IS 'Top-level transaction that queued the change.';
+COMMENT ON COLUMN userpilot_queue.enqueued_at IS 'When the queueing transaction''s statement wrote it.';
+COMMENT ON COLUMN userpilot_queue.batch IS 'Bulk SELECT the row came from: userpilot_batches.id. Null for direct changes.';
+COMMENT ON COLUMN userpilot_queue.bulk IS 'Lane: true for aggregates and for what a transaction queues beyond its first 100 rows, false for real time.';
+COMMENT ON COLUMN userpilot_queue.server IS 'Foreign server it goes to.';
+COMMENT ON COLUMN userpilot_queue.kind IS 'company or user.';
+COMMENT ON COLUMN userpilot_queue.entity_id IS 'company_id or user_id at Userpilot.';
+COMMENT ON COLUMN userpilot_queue.company_id IS 'A user''s company; null when the change says nothing of it.';
+COMMENT ON COLUMN userpilot_queue.metadata IS 'Properties as queued: string, number, boolean or null each; null removes the property.';
+
+CREATE TABLE userpilot_batches (
+	id bigint PRIMARY KEY,
+	server text NOT NULL,
+	kind text NOT NULL,
+	snapshot pg_snapshot NOT NULL,
+	lsn pg_lsn NOT NULL,
+	xid xid8 NOT NULL,
+	rows bigint NOT NULL DEFAULT 0,
+	statement text,
+	started_at timestamptz NOT NULL,
+	by text NOT NULL
+);
+REVOKE ALL ON TABLE userpilot_batches FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_batches IS 'One row a bulk SELECT: what it could see decides which changes are newer than its rows.';
+COMMENT ON COLUMN userpilot_batches.id IS 'xid * 1000000 + number within the transaction.';
+COMMENT ON COLUMN userpilot_batches.server IS 'Foreign server it goes to.';
+COMMENT ON COLUMN userpilot_batches.kind IS 'company or user.';
+COMMENT ON COLUMN userpilot_batches.snapshot IS 'Snapshot the SELECT read with.';
+COMMENT ON COLUMN userpilot_batches.lsn IS 'WAL insert position when it began.';
+COMMENT ON COLUMN userpilot_batches.xid IS 'Transaction it ran in.';
+COMMENT ON COLUMN userpilot_batches.rows IS 'Rows queued.';
+COMMENT ON COLUMN userpilot_batches.statement IS 'The statement''s first 1,000 bytes.';
+COMMENT ON COLUMN userpilot_batches.started_at IS 'When the SELECT met its first row.';
+COMMENT ON COLUMN userpilot_batches.by IS 'Role that ran it.';
+
+CREATE TABLE userpilot_profiles (
+	server text NOT NULL,
+	kind text NOT NULL,
+	entity_id text NOT NULL,
+	company_id text,
+	metadata jsonb NOT NULL DEFAULT '{}',
+	versions jsonb NOT NULL DEFAULT '[]',
+	attempts integer NOT NULL DEFAULT 0,
+	synced_at timestamptz,
+	job bigint,
+	PRIMARY KEY (server, kind, entity_id)
+);
+REVOKE ALL ON TABLE userpilot_profiles FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_profiles IS 'What Userpilot is known to have: last acknowledged, not read back. A key in versions but not in metadata is unknown and will be sent again rather than believed.';
+COMMENT ON COLUMN userpilot_profiles.server IS 'Foreign server.';
+COMMENT ON COLUMN userpilot_profiles.kind IS 'company or user.';
+COMMENT ON COLUMN userpilot_profiles.entity_id IS 'company_id or user_id at Userpilot.';
+COMMENT ON COLUMN userpilot_profiles.company_id IS 'A user''s company as acknowledged; null when unknown or none.';
+COMMENT ON COLUMN userpilot_profiles.metadata IS 'Acknowledged properties; a null was acknowledged as removed.';
+COMMENT ON COLUMN userpilot_profiles.versions IS 'Which change wrote each key: a list of [lsn, xid, order, keys...]; the entry without keys is for every property in metadata not named in another. The key "" is the company.';
+COMMENT ON COLUMN userpilot_profiles.attempts IS 'Bodies sent since the last acknowledgement.';
+COMMENT ON COLUMN userpilot_profiles.synced_at IS 'Last acknowledgement; null if there was none.';
+COMMENT ON COLUMN userpilot_profiles.job IS 'Job the entity is in flight in: userpilot_jobs.id.';
+
+CREATE TABLE userpilot_jobs (
+	id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
+	server text NOT NULL,
+	kind text NOT NULL,
+	format text NOT NULL,
+	records integer NOT NULL,
+	bytes bigint NOT NULL,
+	status text NOT NULL,
+	job_id text,
+	filename text,
+	total_rows bigint,
+	completed_rows bigint,
+	http_status integer,
+	request_id text,
+	attempts integer NOT NULL DEFAULT 0,
+	error text,
+	response text,
+	created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+	submitted_at timestamptz,
+	polled_at timestamptz,
+	finished_at timestamptz
+);
+CREATE INDEX userpilot_jobs_open ON userpilot_jobs (id) WHERE finished_at IS NULL;
+REVOKE ALL ON TABLE userpilot_jobs FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_jobs IS 'Bulk jobs, newest last; kept for userpilot.retention.';
+COMMENT ON COLUMN userpilot_jobs.id IS 'Ours; job_id is Userpilot''s.';
+COMMENT ON COLUMN userpilot_jobs.server IS 'Foreign server.';
+COMMENT ON COLUMN userpilot_jobs.kind IS 'company or user.';
+COMMENT ON COLUMN userpilot_jobs.format IS 'json (body) or ndjson (file upload).';
+COMMENT ON COLUMN userpilot_jobs.records IS 'Records in the body.';
+COMMENT ON COLUMN userpilot_jobs.bytes IS 'Bytes of the records, without multipart framing.';
+COMMENT ON COLUMN userpilot_jobs.status IS 'prepared, unknown, then as Userpilot says: queued, validating, processing, pending_refresh; final: completed, failed, refused (its rows never left the queue), dissolved (its records go one by one).';
+COMMENT ON COLUMN userpilot_jobs.job_id IS 'Userpilot''s id, opaque.';
+COMMENT ON COLUMN userpilot_jobs.filename IS 'Name of the upload, with a random uuid, by which a job is found again after a lost answer.';
+COMMENT ON COLUMN userpilot_jobs.total_rows IS 'As Userpilot says.';
+COMMENT ON COLUMN userpilot_jobs.completed_rows IS 'As Userpilot says; less than records in a completed job means that records were dropped.';
+COMMENT ON COLUMN userpilot_jobs.http_status IS 'Of the last answer.';
+COMMENT ON COLUMN userpilot_jobs.request_id IS 'x-request-id of the submission; Userpilot''s support asks for it.';
+COMMENT ON COLUMN userpilot_jobs.attempts IS 'Submissions.';
+COMMENT ON COLUMN userpilot_jobs.error IS 'What went wrong, in words.';
+COMMENT ON COLUMN userpilot_jobs.response IS 'Last answer, whole.';
+COMMENT ON COLUMN userpilot_jobs.created_at IS 'When it was prepared.';
+COMMENT ON COLUMN userpilot_jobs.submitted_at IS 'When Userpilot accepted it.';
+COMMENT ON COLUMN userpilot_jobs.polled_at IS 'Last poll.';
+COMMENT ON COLUMN userpilot_jobs.finished_at IS 'When it reached a final status.';
+
+CREATE TABLE userpilot_job_chunks (
+	job bigint NOT NULL REFERENCES userpilot_jobs ON DELETE CASCADE,
+	seq integer NOT NULL,
+	records text NOT NULL,
+	PRIMARY KEY (job, seq)
+);
+ALTER TABLE userpilot_job_chunks ALTER COLUMN records SET STORAGE EXTERNAL;
+REVOKE ALL ON TABLE userpilot_job_chunks FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_job_chunks IS 'Records of unfinished jobs in pieces of about 1 MB; gone when the job is done with.';
+COMMENT ON COLUMN userpilot_job_chunks.job IS 'userpilot_jobs.id.';
+COMMENT ON COLUMN userpilot_job_chunks.seq IS 'Order within the job.';
+COMMENT ON COLUMN userpilot_job_chunks.records IS 'One record a line, each as JSON and ended by a newline.';
+
+CREATE TABLE userpilot_requests (
+	id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
+	at timestamptz NOT NULL,
+	server text NOT NULL,
+	method text NOT NULL,
+	path text NOT NULL,
+	job bigint,
+	kind text,
+	entity_id text,
+	http_status integer,
+	outcome text NOT NULL,
+	request_id text,
+	ms double precision NOT NULL,
+	bytes bigint NOT NULL,
+	error text
+);
+CREATE INDEX userpilot_requests_entity ON userpilot_requests (entity_id) WHERE entity_id IS NOT NULL;
+REVOKE ALL ON TABLE userpilot_requests FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_requests IS 'HTTP calls, as userpilot.log_requests asks; kept for userpilot.retention.';
+COMMENT ON COLUMN userpilot_requests.id IS 'Order of the answers.';
+COMMENT ON COLUMN userpilot_requests.at IS 'When the answer came, or the call was given up.';
+COMMENT ON COLUMN userpilot_requests.server IS 'Foreign server.';
+COMMENT ON COLUMN userpilot_requests.method IS 'GET or POST.';
+COMMENT ON COLUMN userpilot_requests.path IS 'Path below the endpoint.';
+COMMENT ON COLUMN userpilot_requests.job IS 'userpilot_jobs.id the call was about.';
+COMMENT ON COLUMN userpilot_requests.kind IS 'company or user, of a real-time call.';
+COMMENT ON COLUMN userpilot_requests.entity_id IS 'Entity of a real-time call.';
+COMMENT ON COLUMN userpilot_requests.http_status IS 'Null if there was no whole answer.';
+COMMENT ON COLUMN userpilot_requests.outcome IS 'What the extension did with it: learn, back-off, throttle, outage, pause, dead, conflict, shrink, dissolve, unknown.';
+COMMENT ON COLUMN userpilot_requests.request_id IS 'x-request-id of the answer.';
+COMMENT ON COLUMN userpilot_requests.ms IS 'Milliseconds from start to end.';
+COMMENT ON COLUMN userpilot_requests.bytes IS 'Bytes of body sent.';
+COMMENT ON COLUMN userpilot_requests.error IS 'What went wrong, in words.';
+
+CREATE TABLE userpilot_dead_letters (
+	id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY,
+	lsn pg_lsn NOT NULL,
+	xid xid8 NOT NULL,
+	enqueued_at timestamptz NOT NULL,
+	batch bigint,
+	bulk boolean NOT NULL,
+	server text NOT NULL,
+	kind text NOT NULL,
+	entity_id text NOT NULL,
+	company_id text,
+	metadata jsonb NOT NULL,
+	http_status integer,
+	error text NOT NULL,
+	response text,
+	attempts integer NOT NULL,
+	failed_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX userpilot_dead_letters_entity ON userpilot_dead_letters (server, kind, entity_id);
+REVOKE ALL ON TABLE userpilot_dead_letters FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_dead_letters IS 'Changes that Userpilot refused for good, as they were queued, with the reason. userpilot_retry() moves them back.';
+COMMENT ON COLUMN userpilot_dead_letters.id IS 'For userpilot_retry(id).';
+COMMENT ON COLUMN userpilot_dead_letters.lsn IS 'As queued.';
+COMMENT ON COLUMN userpilot_dead_letters.xid IS 'As queued.';
+COMMENT ON COLUMN userpilot_dead_letters.enqueued_at IS 'As queued.';
+COMMENT ON COLUMN userpilot_dead_letters.batch IS 'As queued.';
+COMMENT ON COLUMN userpilot_dead_letters.bulk IS 'As queued.';
+COMMENT ON COLUMN userpilot_dead_letters.server IS 'As queued.';
+COMMENT ON COLUMN userpilot_dead_letters.kind IS 'As queued.';
+COMMENT ON COLUMN userpilot_dead_letters.entity_id IS 'As queued.';
+COMMENT ON COLUMN userpilot_dead_letters.company_id IS 'As queued.';
+COMMENT ON COLUMN userpilot_dead_letters.metadata IS 'As queued.';
+COMMENT ON COLUMN userpilot_dead_letters.http_status IS 'Of the answer that ended it; null if there was none.';
+COMMENT ON COLUMN userpilot_dead_letters.error IS 'The reason, in words.';
+COMMENT ON COLUMN userpilot_dead_letters.response IS 'The answer''s body, at most 8 kB.';
+COMMENT ON COLUMN userpilot_dead_letters.attempts IS 'Bodies sent before it was given up.';
+COMMENT ON COLUMN userpilot_dead_letters.failed_at IS 'When it was given up.';
+
+CREATE TABLE userpilot_progress (
+	server text PRIMARY KEY,
+	state text NOT NULL,
+	companies_realtime bigint NOT NULL DEFAULT 0,
+	companies_bulk bigint NOT NULL DEFAULT 0,
+	users_realtime bigint NOT NULL DEFAULT 0,
+	users_bulk bigint NOT NULL DEFAULT 0,
+	oldest_pending timestamptz,
+	delivered bigint NOT NULL DEFAULT 0,
+	delivering_since timestamptz,
+	records_per_minute double precision,
+	advice text,
+	last_error text,
+	last_error_at timestamptz,
+	updated_at timestamptz NOT NULL
+) WITH (fillfactor = 50);
+REVOKE ALL ON TABLE userpilot_progress FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_progress IS 'What the worker last said of each server; read it through userpilot_status.';
+COMMENT ON COLUMN userpilot_progress.server IS 'Foreign server.';
+COMMENT ON COLUMN userpilot_progress.state IS 'paused, outage, idle, sending or waiting for the slot.';
+COMMENT ON COLUMN userpilot_progress.companies_realtime IS 'Queued rows the worker counted, by kind and lane.';
+COMMENT ON COLUMN userpilot_progress.companies_bulk IS 'Queued rows the worker counted, by kind and lane.';
+COMMENT ON COLUMN userpilot_progress.users_realtime IS 'Queued rows the worker counted, by kind and lane.';
+COMMENT ON COLUMN userpilot_progress.users_bulk IS 'Queued rows the worker counted, by kind and lane.';
+COMMENT ON COLUMN userpilot_progress.oldest_pending IS 'enqueued_at of the oldest row of that count.';
+COMMENT ON COLUMN userpilot_progress.delivered IS 'Records acknowledged since delivering_since.';
+COMMENT ON COLUMN userpilot_progress.delivering_since IS 'When the present backlog began to be delivered.';
+COMMENT ON COLUMN userpilot_progress.records_per_minute IS 'Rate measured on the present backlog.';
+COMMENT ON COLUMN userpilot_progress.advice IS 'What to do, if anything.';
+COMMENT ON COLUMN userpilot_progress.last_error IS 'Last trouble, in words.';
+COMMENT ON COLUMN userpilot_progress.last_error_at IS 'When it occurred.';
+COMMENT ON COLUMN userpilot_progress.updated_at IS 'When the worker wrote this.';
+
+-- What a dump must carry: the truth that is pending, and what is known
+SELECT pg_catalog.pg_extension_config_dump('userpilot_queue', '');
+SELECT pg_catalog.pg_extension_config_dump('userpilot_batches', '');
+SELECT pg_catalog.pg_extension_config_dump('userpilot_profiles', '');
+SELECT pg_catalog.pg_extension_config_dump('userpilot_jobs', '');
+SELECT pg_catalog.pg_extension_config_dump('userpilot_jobs_id_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('userpilot_job_chunks', '');
+SELECT pg_catalog.pg_extension_config_dump('userpilot_dead_letters', '');
+SELECT pg_catalog.pg_extension_config_dump('userpilot_dead_letters_id_seq', '');
+
+-- ---------------------------------------------------------------------------
+-- Real time
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION userpilot_identify_company(company_id "any", metadata jsonb DEFAULT '{}')
+RETURNS void
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_identify_company("any", jsonb) IS
+'Queues a company for Userpilot, in this transaction. company_id: text, varchar, smallint to bigint, numeric, uuid or a literal; 1 to 512 characters. metadata: a JSON object of strings, numbers, booleans and nulls (null removes the property); at most 500 properties, names of 255 and strings of 65,535 characters. Goes to the server userpilot.server names, of which the caller needs USAGE. API: POST /v1/companies/identify.';
+
+CREATE FUNCTION userpilot_identify_user(user_id "any", metadata jsonb DEFAULT '{}', company_id "any" DEFAULT NULL)
+RETURNS void
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_identify_user("any", jsonb, "any") IS
+'Queues a user for Userpilot, in this transaction; with company_id the user moves to that company, without it stays. Arguments as of userpilot_identify_company(). API: POST /v1/identify.';
+
+-- ---------------------------------------------------------------------------
+-- Bulk
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION userpilot_bulk_companies_trans(internal, "any", jsonb)
+RETURNS internal
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_bulk_companies_trans(internal, "any", jsonb) IS
+'Transition function of userpilot_bulk_identify_companies().';
+
+CREATE FUNCTION userpilot_bulk_users_trans(internal, "any", jsonb)
+RETURNS internal
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_bulk_users_trans(internal, "any", jsonb) IS
+'Transition function of userpilot_bulk_identify_users().';
+
+CREATE FUNCTION userpilot_bulk_users_trans(internal, "any", jsonb, "any")
+RETURNS internal
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_bulk_users_trans(internal, "any", jsonb, "any") IS
+'Transition function of userpilot_bulk_identify_users().';
+
+CREATE FUNCTION userpilot_bulk_final(internal)
+RETURNS bigint
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_bulk_final(internal) IS
+'Final function of the bulk aggregates.';
+
+CREATE AGGREGATE userpilot_bulk_identify_companies(company_id "any", metadata jsonb) (
+	SFUNC = userpilot_bulk_companies_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_bulk_final,
+	FINALFUNC_MODIFY = READ_WRITE,
+	PARALLEL = UNSAFE
+);
+COMMENT ON AGGREGATE userpilot_bulk_identify_companies("any", jsonb) IS
+'Queues every row''s company for the bulk lane and returns how many rows; the number is the proof that all were queued. Use it in the select list of a top-level SELECT, without or with a plain GROUP BY. What the SELECT''s snapshot cannot see counts as newer than its rows. Arguments as of userpilot_identify_company(). API: POST /v1/companies/bulk_identify, at most 10,000 records a job, 1,800 a minute.';
+
+CREATE AGGREGATE userpilot_bulk_identify_users(user_id "any", metadata jsonb) (
+	SFUNC = userpilot_bulk_users_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_bulk_final,
+	FINALFUNC_MODIFY = READ_WRITE,
+	PARALLEL = UNSAFE
+);
+COMMENT ON AGGREGATE userpilot_bulk_identify_users("any", jsonb) IS
+'Queues every row''s user for the bulk lane and returns how many rows; companies stay as they are. See userpilot_bulk_identify_companies(). API: POST /v1/users/bulk_identify.';
+
+CREATE AGGREGATE userpilot_bulk_identify_users(user_id "any", metadata jsonb, company_id "any") (
+	SFUNC = userpilot_bulk_users_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_bulk_final,
+	FINALFUNC_MODIFY = READ_WRITE,
+	PARALLEL = UNSAFE
+);
+COMMENT ON AGGREGATE userpilot_bulk_identify_users("any", jsonb, "any") IS
+'Queues every row''s user and company for the bulk lane and returns how many rows. See userpilot_bulk_identify_companies(). API: POST /v1/users/bulk_identify.';
+
+-- ---------------------------------------------------------------------------
+-- Payloads: what would be sent, nothing sent
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION userpilot_companies_payload_trans(internal, "any", jsonb)
+RETURNS internal
+LANGUAGE C STABLE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_companies_payload_trans(internal, "any", jsonb) IS
+'Transition function of userpilot_companies_payload().';
+
+CREATE FUNCTION userpilot_companies_ndjson_trans(internal, "any", jsonb)
+RETURNS internal
+LANGUAGE C STABLE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_companies_ndjson_trans(internal, "any", jsonb) IS
+'Transition function of userpilot_companies_ndjson().';
+
+CREATE FUNCTION userpilot_companies_payload_final(internal)
+RETURNS json
+LANGUAGE C STABLE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_companies_payload_final(internal) IS
+'Final function of userpilot_companies_payload().';
+
+CREATE FUNCTION userpilot_users_payload_trans(internal, "any", jsonb)
+RETURNS internal
+LANGUAGE C STABLE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_users_payload_trans(internal, "any", jsonb) IS
+'Transition function of userpilot_users_payload().';
+
+CREATE FUNCTION userpilot_users_payload_trans(internal, "any", jsonb, "any")
+RETURNS internal
+LANGUAGE C STABLE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_users_payload_trans(internal, "any", jsonb, "any") IS
+'Transition function of userpilot_users_payload().';
+
+CREATE FUNCTION userpilot_users_ndjson_trans(internal, "any", jsonb)
+RETURNS internal
+LANGUAGE C STABLE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_users_ndjson_trans(internal, "any", jsonb) IS
+'Transition function of userpilot_users_ndjson().';
+
+CREATE FUNCTION userpilot_users_ndjson_trans(internal, "any", jsonb, "any")
+RETURNS internal
+LANGUAGE C STABLE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_users_ndjson_trans(internal, "any", jsonb, "any") IS
+'Transition function of userpilot_users_ndjson().';
+
+CREATE FUNCTION userpilot_users_payload_final(internal)
+RETURNS json
+LANGUAGE C STABLE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_users_payload_final(internal) IS
+'Final function of userpilot_users_payload().';
+
+CREATE FUNCTION userpilot_ndjson_final(internal)
+RETURNS text
+LANGUAGE C STABLE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_ndjson_final(internal) IS
+'Final function of the NDJSON aggregates.';
+
+CREATE AGGREGATE userpilot_companies_payload(company_id "any", metadata jsonb) (
+	SFUNC = userpilot_companies_payload_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_companies_payload_final
+);
+COMMENT ON AGGREGATE userpilot_companies_payload("any", jsonb) IS
+'The JSON body of POST /v1/companies/bulk_identify for these rows; nothing is queued or sent. Userpilot takes 10,000 records and 50 MB a request: GROUP BY (row_number - 1) / 10000 for more.';
+
+CREATE AGGREGATE userpilot_companies_ndjson(company_id "any", metadata jsonb) (
+	SFUNC = userpilot_companies_ndjson_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_ndjson_final
+);
+COMMENT ON AGGREGATE userpilot_companies_ndjson("any", jsonb) IS
+'The NDJSON file for POST /v1/companies/bulk_identify: one record a line. COPY in text format doubles backslashes and so breaks JSON; write it with psql -qAt.';
+
+CREATE AGGREGATE userpilot_users_payload(user_id "any", metadata jsonb) (
+	SFUNC = userpilot_users_payload_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_users_payload_final
+);
+COMMENT ON AGGREGATE userpilot_users_payload("any", jsonb) IS
+'The JSON body of POST /v1/users/bulk_identify for these rows, without companies. See userpilot_companies_payload().';
+
+CREATE AGGREGATE userpilot_users_payload(user_id "any", metadata jsonb, company_id "any") (
+	SFUNC = userpilot_users_payload_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_users_payload_final
+);
+COMMENT ON AGGREGATE userpilot_users_payload("any", jsonb, "any") IS
+'The JSON body of POST /v1/users/bulk_identify for these rows. See userpilot_companies_payload().';
+
+CREATE AGGREGATE userpilot_users_ndjson(user_id "any", metadata jsonb) (
+	SFUNC = userpilot_users_ndjson_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_ndjson_final
+);
+COMMENT ON AGGREGATE userpilot_users_ndjson("any", jsonb) IS
+'The NDJSON file for POST /v1/users/bulk_identify, without companies. See userpilot_companies_ndjson().';
+
+CREATE AGGREGATE userpilot_users_ndjson(user_id "any", metadata jsonb, company_id "any") (
+	SFUNC = userpilot_users_ndjson_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_ndjson_final
+);
+COMMENT ON AGGREGATE userpilot_users_ndjson("any", jsonb, "any") IS
+'The NDJSON file for POST /v1/users/bulk_identify. See userpilot_companies_ndjson().';
+
+-- ---------------------------------------------------------------------------
+-- Watching and steering
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION userpilot_disabled_reason(server oid)
+RETURNS text
+LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_disabled_reason(oid) IS
+'Why this database does not send to a server, in words; null if it does.';
+
+CREATE FUNCTION userpilot_worker_pid()
+RETURNS integer
+LANGUAGE C VOLATILE PARALLEL RESTRICTED
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_worker_pid() IS
+'Process id of this database''s worker; null if none runs, which is normal while nothing is to be done.';
+
+CREATE FUNCTION userpilot_launch_problem()
+RETURNS text
+LANGUAGE C VOLATILE PARALLEL RESTRICTED
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_launch_problem() IS
+'Why no worker can run, in words; null if nothing is in its way.';
+
+CREATE FUNCTION userpilot_wake()
+RETURNS void
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_wake() IS
+'Makes the worker read the whole queue when this transaction commits; needed only after rows were moved into it by hand.';
+REVOKE ALL ON FUNCTION userpilot_wake() FROM PUBLIC;
+
+CREATE PROCEDURE userpilot_wait(timeout interval)
+LANGUAGE C
+AS 'MODULE_PATHNAME';
+COMMENT ON PROCEDURE userpilot_wait(interval) IS
+'Returns when every change committed before the call is delivered or in userpilot_dead_letters. Raises query_canceled on timeout, and object_not_in_prerequisite_state if this transaction itself has queued changes.';
+
+CREATE PROCEDURE userpilot_check(server text DEFAULT NULL)
+LANGUAGE C
+AS 'MODULE_PATHNAME';
+COMMENT ON PROCEDURE userpilot_check(text) IS
+'Says in words whether this database can deliver to a server (default: userpilot.server): preloaded, enabled, worker slots, reachable, key accepted, job slot. Makes one call, GET /v1/background_jobs. Needs USAGE on the server.';
+
+CREATE FUNCTION userpilot_retry(dead_letter bigint DEFAULT NULL, server text DEFAULT NULL,
+								kind text DEFAULT NULL, entity_id text DEFAULT NULL)
+RETURNS bigint
+LANGUAGE sql VOLATILE PARALLEL UNSAFE
+BEGIN ATOMIC
+	SELECT userpilot_wake();
+	WITH back AS (
+		DELETE FROM userpilot_dead_letters d
+		WHERE d.id = coalesce($1, d.id) AND d.server = coalesce($2, d.server)
+		  AND d.kind = coalesce($3, d.kind) AND d.entity_id = coalesce($4, d.entity_id)
+		RETURNING d.*
+	), again AS (
+		UPDATE userpilot_profiles p SET attempts = 0
+		FROM back b
+		WHERE p.server = b.server AND p.kind = b.kind AND p.entity_id = b.entity_id AND p.attempts > 0
+	), moved AS (
+		INSERT INTO userpilot_queue (lsn, xid, enqueued_at, batch, bulk, server, kind, entity_id, company_id, metadata)
+		SELECT b.lsn, b.xid, b.enqueued_at, b.batch, b.bulk, b.server, b.kind, b.entity_id, b.company_id, b.metadata
+		FROM back b ORDER BY b.id
+		RETURNING 1
+	)
+	SELECT count(*) FROM moved;
+END;
+COMMENT ON FUNCTION userpilot_retry(bigint, text, text, text) IS
+'Moves dead letters back into the queue, as they were, and returns how many: one by its id, those of a server, of a kind, of an entity, or all. An older value still does not overwrite a newer one. For whoever may write the tables.';
+REVOKE ALL ON FUNCTION userpilot_retry(bigint, text, text, text) FROM PUBLIC;
+
+CREATE FUNCTION userpilot_trace(kind text, id text)
+RETURNS TABLE (at timestamptz, what text, server text, detail jsonb)
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+	SELECT t.at, t.what, t.server, t.detail FROM (
+		SELECT p.synced_at, CASE WHEN p.synced_at IS NULL THEN 'never acknowledged' ELSE 'last acknowledged' END, p.server,
+			jsonb_strip_nulls(jsonb_build_object('metadata', p.metadata, 'company_id', p.company_id,
+				'attempts', p.attempts, 'job', p.job, 'versions', p.versions))
+		FROM userpilot_profiles p WHERE p.kind = $1 AND p.entity_id = $2
+		UNION ALL
+		SELECT q.enqueued_at, CASE WHEN q.bulk THEN 'queued for a bulk job' ELSE 'queued for real time' END, q.server,
+			jsonb_strip_nulls(jsonb_build_object('company_id', q.company_id, 'batch', q.batch, 'lsn', q.lsn, 'xid', q.xid))
+				|| jsonb_build_object('metadata', q.metadata)
+		FROM userpilot_queue q WHERE q.kind = $1 AND q.entity_id = $2
+		UNION ALL
+		SELECT d.failed_at, 'dead letter', d.server,
+			jsonb_strip_nulls(jsonb_build_object('id', d.id, 'error', d.error, 'http_status', d.http_status,
+				'attempts', d.attempts, 'company_id', d.company_id, 'enqueued_at', d.enqueued_at))
+				|| jsonb_build_object('metadata', d.metadata)
+		FROM userpilot_dead_letters d WHERE d.kind = $1 AND d.entity_id = $2
+		UNION ALL
+		SELECT r.at, 'request', r.server,
+			jsonb_strip_nulls(jsonb_build_object('outcome', r.outcome, 'http_status', r.http_status,
+				'request_id', r.request_id, 'ms', r.ms, 'error', r.error))
+		FROM userpilot_requests r WHERE r.kind = $1 AND r.entity_id = $2
+	) AS t(at, what, server, detail)
+	ORDER BY t.at NULLS FIRST;
+END;
+COMMENT ON FUNCTION userpilot_trace(text, text) IS
+'Everything about one entity, oldest first: what Userpilot is known to have, what is queued, dead letters, calls. kind: company or user.';
+REVOKE ALL ON FUNCTION userpilot_trace(text, text) FROM PUBLIC;
+
+CREATE VIEW userpilot_status AS
+WITH counted AS MATERIALIZED (
+	-- exact up to 20,000 rows; beyond, what the worker counted
+	SELECT q.server, q.kind, q.bulk, count(*) AS rows, min(q.enqueued_at) AS oldest
+	FROM (SELECT server, kind, bulk, enqueued_at FROM userpilot_queue LIMIT 20000) q
+	GROUP BY q.server, q.kind, q.bulk
+), total AS (
+	SELECT coalesce(sum(rows), 0) < 20000 AS exact FROM counted
+), backlog AS (
+	SELECT s.oid AS serverid, s.srvname::text AS server, t.exact,
+		CASE WHEN t.exact THEN coalesce(c.companies_realtime, 0) ELSE greatest(p.companies_realtime, c.companies_realtime, 0) END AS companies_realtime,
+		CASE WHEN t.exact THEN coalesce(c.companies_bulk, 0) ELSE greatest(p.companies_bulk, c.companies_bulk, 0) END AS companies_bulk,
+		CASE WHEN t.exact THEN coalesce(c.users_realtime, 0) ELSE greatest(p.users_realtime, c.users_realtime, 0) END AS users_realtime,
+		CASE WHEN t.exact THEN coalesce(c.users_bulk, 0) ELSE greatest(p.users_bulk, c.users_bulk, 0) END AS users_bulk,
+		CASE WHEN t.exact THEN c.oldest ELSE least(p.oldest_pending, c.oldest) END AS oldest
+	FROM pg_catalog.pg_foreign_server s
+	JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'userpilot'
+	CROSS JOIN total t
+	LEFT JOIN userpilot_progress p ON p.server = s.srvname
+	LEFT JOIN LATERAL (
+		SELECT sum(c.rows) FILTER (WHERE c.kind = 'company' AND NOT c.bulk) AS companies_realtime,
+			sum(c.rows) FILTER (WHERE c.kind = 'company' AND c.bulk) AS companies_bulk,
+			sum(c.rows) FILTER (WHERE c.kind = 'user' AND NOT c.bulk) AS users_realtime,
+			sum(c.rows) FILTER (WHERE c.kind = 'user' AND c.bulk) AS users_bulk,
+			min(c.oldest) AS oldest
+		FROM counted c WHERE c.server = s.srvname
+	) c ON true
+), whole AS (
+	SELECT b.*, b.companies_realtime + b.companies_bulk + b.users_realtime + b.users_bulk AS pending,
+		j.id AS job, j.records AS job_records, coalesce(j.completed_rows, 0) AS job_completed,
+		p.state AS said, p.delivered, p.records_per_minute, p.advice, p.last_error, p.last_error_at
+	FROM backlog b
+	LEFT JOIN userpilot_progress p ON p.server = b.server
+	LEFT JOIN LATERAL (
+		SELECT j.id, j.records, j.completed_rows FROM userpilot_jobs j
+		WHERE j.server = b.server AND j.finished_at IS NULL ORDER BY j.id DESC LIMIT 1
+	) j ON true
+)
+SELECT w.server,
+	CASE
+		WHEN d.reason IS NOT NULL THEN 'disabled'
+		WHEN w.said IN ('paused', 'outage') THEN w.said
+		WHEN w.pending = 0 AND w.job IS NULL THEN 'idle'
+		WHEN w.said = 'waiting for the slot' THEN w.said
+		ELSE 'sending'
+	END AS state,
+	w.pending, w.companies_realtime, w.companies_bulk, w.users_realtime, w.users_bulk,
+	w.oldest AS oldest_pending,
+	w.job,
+	CASE WHEN w.job IS NOT NULL THEN round(100.0 * least(w.job_completed, w.job_records) / greatest(w.job_records, 1), 1) END AS job_percent,
+	CASE WHEN w.pending > 0 THEN round(100.0 * (coalesce(w.delivered, 0) + w.job_completed)
+		/ greatest(coalesce(w.delivered, 0) + w.pending, 1), 1) END AS percent,
+	round(w.records_per_minute::numeric) AS records_per_minute,
+	CASE WHEN w.pending > 0 AND d.reason IS NULL THEN
+		make_interval(secs => round(60.0 * greatest(w.pending - w.job_completed, 0)
+			/ coalesce(nullif(w.records_per_minute, 0), CASE WHEN w.companies_bulk + w.users_bulk > 0 THEN 1800 ELSE 600 END))::double precision)
+	END AS eta,
+	coalesce(d.reason, userpilot_launch_problem(), w.advice) AS advice,
+	w.last_error, w.last_error_at,
+	userpilot_worker_pid() AS worker
+FROM whole w
+CROSS JOIN LATERAL (SELECT userpilot_disabled_reason(w.serverid) AS reason) d;
+
+REVOKE ALL ON TABLE userpilot_status FROM PUBLIC;
+GRANT SELECT ON TABLE userpilot_status, userpilot_jobs TO pg_monitor;
+
+COMMENT ON VIEW userpilot_status IS
+'One row a server: what is pending, how far it is, and what to do. Costs the same at any backlog: rows are counted up to 20,000, beyond that the worker''s own count is shown.';
+COMMENT ON COLUMN userpilot_status.server IS 'Foreign server.';
+COMMENT ON COLUMN userpilot_status.state IS 'disabled, paused, outage, idle, sending or waiting for the slot.';
+COMMENT ON COLUMN userpilot_status.pending IS 'Rows queued.';
+COMMENT ON COLUMN userpilot_status.companies_realtime IS 'Rows queued, by kind and lane.';
+COMMENT ON COLUMN userpilot_status.companies_bulk IS 'Rows queued, by kind and lane.';
+COMMENT ON COLUMN userpilot_status.users_realtime IS 'Rows queued, by kind and lane.';
+COMMENT ON COLUMN userpilot_status.users_bulk IS 'Rows queued, by kind and lane.';
+COMMENT ON COLUMN userpilot_status.oldest_pending IS 'When the oldest of them was queued.';
+COMMENT ON COLUMN userpilot_status.job IS 'Running job: userpilot_jobs.id.';
+COMMENT ON COLUMN userpilot_status.job_percent IS 'Records of the running job that Userpilot has processed.';
+COMMENT ON COLUMN userpilot_status.percent IS 'Of everything since the queue was last empty.';
+COMMENT ON COLUMN userpilot_status.records_per_minute IS 'Rate measured since then.';
+COMMENT ON COLUMN userpilot_status.eta IS 'When all is delivered at that rate; at the API''s documented rate until one is measured.';
+COMMENT ON COLUMN userpilot_status.advice IS 'What to do, if anything.';
+COMMENT ON COLUMN userpilot_status.last_error IS 'Last trouble, in words.';
+COMMENT ON COLUMN userpilot_status.last_error_at IS 'When it occurred.';
+COMMENT ON COLUMN userpilot_status.worker IS 'Process id of the worker; null while nothing is to be done.';

@@ -1,0 +1,212 @@
+/*
+ * change.c
+ *	  A change as a caller states it: what can never be sent is refused.
+ *
+ * Limits: "only primitive types (string, number, boolean, null) are supported
+ * in metadata" and "company_id is required" are the API's own words; 500
+ * properties, names of 255 and values of 65,535 characters are repeated by
+ * third parties.  Characters are counted as the database encoding has them.
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "mb/pg_wchar.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/lsyscache.h"
+#include "utils/numeric.h"
+
+#include "change.h"
+#include "compat.h"
+#include "userpilot.h"
+
+/* At most so many bytes need no counting of characters */
+static bool
+longer_than(const char *str, int len, int limit)
+{
+	return len > limit && pg_mbstrlen_with_len(str, len) > limit;
+}
+
+/* SQL_ASCII databases may hold bytes that are no UTF-8: never sendable */
+static void
+check_encoding(const char *str, int len, const char *what)
+{
+	if (GetDatabaseEncoding() != PG_SQL_ASCII)
+		return;
+	if (pg_encoding_verifymbstr(PG_UTF8, str, len) != len)
+		ereport(ERROR,
+				(errcode(ERRCODE_CHARACTER_NOT_IN_REPERTOIRE),
+				 errmsg("%s is not valid UTF-8", what),
+				 errdetail("The database encoding is SQL_ASCII, so its text is sent as it is; Userpilot takes UTF-8.")));
+}
+
+static text *
+id_from_number(Oid type, Datum value, const char *what)
+{
+	if (type == NUMERICOID)
+	{
+		Numeric		num = DatumGetNumeric(value);
+
+		if (numeric_is_nan(num) || numeric_is_inf(num))
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("%s must be a number or text, not %s", what,
+							numeric_is_nan(num) ? "NaN" : "infinity")));
+		return cstring_to_text(DatumGetCString(DirectFunctionCall1(numeric_out, value)));
+	}
+	if (type == INT8OID)
+		return cstring_to_text(DatumGetCString(DirectFunctionCall1(int8out, value)));
+	if (type == INT4OID)
+		return cstring_to_text(DatumGetCString(DirectFunctionCall1(int4out, value)));
+	return cstring_to_text(DatumGetCString(DirectFunctionCall1(int2out, value)));
+}
+
+/* The id as text, before its content is looked at */
+static text *
+id_to_text(Oid type, Datum value, const char *what)
+{
+	switch (getBaseType(type))
+	{
+		case TEXTOID:
+		case VARCHAROID:
+			return DatumGetTextPP(value);
+		case UNKNOWNOID:
+			return cstring_to_text(DatumGetCString(value));
+		case INT2OID:
+		case INT4OID:
+		case INT8OID:
+		case NUMERICOID:
+			return id_from_number(getBaseType(type), value, what);
+		case UUIDOID:
+			return cstring_to_text(DatumGetCString(OidFunctionCall1(F_UUID_OUT, value)));
+		default:
+			ereport(ERROR,
+					(errcode(ERRCODE_DATATYPE_MISMATCH),
+					 errmsg("%s must not be of type %s", what, format_type_be(type)),
+					 errdetail("An id is text, varchar, smallint, integer, bigint, numeric or uuid."),
+					 errhint("Cast it: %s::text.", what)));
+	}
+	return NULL;				/* keep compiler quiet */
+}
+
+text *
+change_id(Oid type, Datum value, bool isnull, const char *what)
+{
+	text	   *id;
+	const char *str;
+	int			len;
+
+	if (isnull)
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("%s must not be null", what),
+				 errhint("Leave such rows out: WHERE %s IS NOT NULL.", what)));
+
+	id = id_to_text(type, value, what);
+	str = VARDATA_ANY(id);
+	len = VARSIZE_ANY_EXHDR(id);
+	if (len == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("%s must not be empty", what),
+				 errhint("Leave such rows out: WHERE %s <> ''.", what)));
+	if (longer_than(str, len, USERPILOT_MAX_ID_CHARS))
+		ereport(ERROR,
+				(errcode(ERRCODE_STRING_DATA_RIGHT_TRUNCATION),
+				 errmsg("%s is longer than %d characters", what, USERPILOT_MAX_ID_CHARS),
+				 errdetail("It begins with \"%s\".", pnstrdup(str, pg_mbcliplen(str, len, 40)))));
+	check_encoding(str, len, what);
+	return id;
+}
+
+/* A property's name as it stands in an error message, cut if need be */
+static char *
+property_label(const JsonbValue *name)
+{
+	int			len = pg_mbcliplen(name->val.string.val, name->val.string.len, 80);
+
+	return psprintf("metadata.\"%.*s\"%s", len, name->val.string.val,
+					len < name->val.string.len ? "..." : "");
+}
+
+static void
+check_name(const JsonbValue *name)
+{
+	if (name->val.string.len == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("metadata has a property without a name"),
+				 errhint("Remove it: metadata - ''.")));
+	if (longer_than(name->val.string.val, name->val.string.len, USERPILOT_MAX_NAME_CHARS))
+		ereport(ERROR,
+				(errcode(ERRCODE_STRING_DATA_RIGHT_TRUNCATION),
+				 errmsg("name of %s is longer than %d characters",
+						property_label(name), USERPILOT_MAX_NAME_CHARS)));
+	check_encoding(name->val.string.val, name->val.string.len, "a name in metadata");
+}
+
+static void
+check_value(const JsonbValue *name, const JsonbValue *value)
+{
+	if (value->type != jbvString)
+		return;
+	if (longer_than(value->val.string.val, value->val.string.len, USERPILOT_MAX_VALUE_CHARS))
+		ereport(ERROR,
+				(errcode(ERRCODE_STRING_DATA_RIGHT_TRUNCATION),
+				 errmsg("%s is longer than %d characters",
+						property_label(name), USERPILOT_MAX_VALUE_CHARS),
+				 errhint("Cut it in the query: left(value, %d).", USERPILOT_MAX_VALUE_CHARS)));
+	check_encoding(value->val.string.val, value->val.string.len, property_label(name));
+}
+
+static void
+refuse_nested(const JsonbValue *name, const char *is_a)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("%s is %s; Userpilot takes string, number, boolean or null",
+					property_label(name), is_a),
+			 errhint("Give its members names of their own, or send it as text: value::text.")));
+}
+
+void
+change_check_metadata(Jsonb *metadata)
+{
+	JsonbIterator *it;
+	JsonbIteratorToken token;
+	JsonbValue	name;
+	JsonbValue	value;
+
+	if (!JB_ROOT_IS_OBJECT(metadata))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("metadata must be a JSON object, not %s",
+						JB_ROOT_IS_SCALAR(metadata) ? "a scalar" : "an array"),
+				 errhint("Write it as jsonb_build_object('name', value, ...).")));
+	if (JB_ROOT_COUNT(metadata) > USERPILOT_MAX_PROPERTIES)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("metadata has %d properties; Userpilot takes %d",
+						(int) JB_ROOT_COUNT(metadata), USERPILOT_MAX_PROPERTIES)));
+
+	it = JsonbIteratorInit(&metadata->root);
+	(void) JsonbIteratorNext(&it, &name, false);	/* WJB_BEGIN_OBJECT */
+	while ((token = JsonbIteratorNext(&it, &name, true)) == WJB_KEY)
+	{
+		check_name(&name);
+		(void) JsonbIteratorNext(&it, &value, true);
+		if (value.type == jbvBinary)
+			refuse_nested(&name, JsonContainerIsArray(value.val.binary.data) ?
+						  "an array" : "an object");
+		check_value(&name, &value);
+	}
+}
+
+Jsonb *
+change_no_metadata(void)
+{
+	JsonbParseState *state = NULL;
+
+	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
+	return JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL));
+}

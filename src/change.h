@@ -1,0 +1,23 @@
+/*
+ * change.h
+ *	  A change as a caller states it: checked here, once, whichever way it
+ *	  comes in.  What can never be sent is refused in the caller's statement.
+ */
+#ifndef USERPILOT_CHANGE_H
+#define USERPILOT_CHANGE_H
+
+#include "utils/jsonb.h"
+
+/*
+ * An id argument of any accepted type as text; raises for null, empty, too
+ * long, and types that are no id.  "what" is the argument's name.
+ */
+extern text *change_id(Oid type, Datum value, bool isnull, const char *what);
+
+/* Raises unless it is an object of primitives within the API's limits */
+extern void change_check_metadata(Jsonb *metadata);
+
+/* '{}', for a metadata argument that is null */
+extern Jsonb *change_no_metadata(void);
+
+#endif

@@ -1,0 +1,57 @@
+/*
+ * compat.h
+ *	  The differences between PostgreSQL 15 and 18 that this extension meets.
+ *
+ * This is the only file that looks at PG_VERSION_NUM.
+ */
+#ifndef USERPILOT_COMPAT_H
+#define USERPILOT_COMPAT_H
+
+#if PG_VERSION_NUM < 150000
+#error "userpilot needs PostgreSQL 15 or later"
+#endif
+
+/* 17 hangs wait event sets on a resource owner instead of a memory context */
+#if PG_VERSION_NUM >= 170000
+#define compat_create_wait_event_set(n) CreateWaitEventSet(NULL, (n))
+#else
+#define compat_create_wait_event_set(n) \
+	CreateWaitEventSet(CurrentMemoryContext, (n))
+#endif
+
+/* 17 names extensions' wait events; before, they all read "Extension" */
+#if PG_VERSION_NUM >= 170000
+#define compat_wait_event(name) WaitEventExtensionNew(name)
+#else
+#include "utils/wait_event.h"
+#define compat_wait_event(name) PG_WAIT_EXTENSION
+#endif
+
+/* 16 lets index insertion skip all but summarizing indexes */
+#if PG_VERSION_NUM >= 160000
+#define compat_insert_index_tuples(rri, slot, estate) \
+	ExecInsertIndexTuples((rri), (slot), (estate), false, false, NULL, NIL, false)
+#else
+#define compat_insert_index_tuples(rri, slot, estate) \
+	ExecInsertIndexTuples((rri), (slot), (estate), false, false, NULL, NIL)
+#endif
+
+/* 16 folded the per-catalog ownership and privilege checks into one each */
+#if PG_VERSION_NUM >= 160000
+#define compat_server_ownercheck(serverid, roleid) \
+	object_ownercheck(ForeignServerRelationId, (serverid), (roleid))
+#define compat_server_aclcheck(serverid, roleid, mode) \
+	object_aclcheck(ForeignServerRelationId, (serverid), (roleid), (mode))
+#else
+#define compat_server_ownercheck(serverid, roleid) \
+	pg_foreign_server_ownercheck((serverid), (roleid))
+#define compat_server_aclcheck(serverid, roleid, mode) \
+	pg_foreign_server_aclcheck((serverid), (roleid), (mode))
+#endif
+
+/* 16 fixed the spelling of "relation kind" checks; 16 moved varatt macros */
+#if PG_VERSION_NUM >= 160000
+#include "varatt.h"
+#endif
+
+#endif

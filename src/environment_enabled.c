@@ -1,0 +1,244 @@
+/*
+ * environment_enabled.c
+ *	  Whether this very database may send to a Userpilot environment.
+ *
+ * A dump, a template copy, a subscriber or a clone carries the same servers
+ * and the same key as its original.  Therefore each server must be enabled by
+ * name for one database of one system, in a table that pg_dump leaves out.  A
+ * physical copy looks the same from inside; for these there are the server
+ * option only_on and the setting userpilot.deliver.
+ */
+#include "postgres.h"
+
+#include "access/xlog.h"
+#include "catalog/pg_foreign_server.h"
+#include "catalog/pg_type.h"
+#include "fmgr.h"
+#include "foreign/foreign.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+
+#include "compat.h"
+#include "environment.h"
+#include "options.h"
+#include "settings.h"
+#include "sql.h"
+#include "state.h"
+
+/* What a row of userpilot_enabled says */
+typedef struct EnabledRow
+{
+	char	   *server;
+	bool		here;			/* of this system and database */
+} EnabledRow;
+
+PG_FUNCTION_INFO_V1(userpilot_enable);
+PG_FUNCTION_INFO_V1(userpilot_disable);
+
+/* All rows of userpilot_enabled: list of EnabledRow */
+static List *
+read_enabled(void)
+{
+	static SqlStatement statement =
+	SQL_STATEMENT("SELECT server, system_identifier, database"
+				  " FROM @.userpilot_enabled ORDER BY server", 0, {0});
+	MemoryContext caller = CurrentMemoryContext;
+	MemoryContext ours;
+	SqlCaller	saved;
+	List	   *rows = NIL;
+	int			n;
+
+	sql_become_owner(&saved);
+	n = sql_execute(&statement, NULL, NULL, false);
+	ours = MemoryContextSwitchTo(caller);
+	for (int i = 0; i < n; i++)
+	{
+		HeapTuple	tuple = SPI_tuptable->vals[i];
+		TupleDesc	desc = SPI_tuptable->tupdesc;
+		EnabledRow *row = palloc(sizeof(EnabledRow));
+		bool		isnull;
+		int64		system = DatumGetInt64(SPI_getbinval(tuple, desc, 2, &isnull));
+		Oid			database = DatumGetObjectId(SPI_getbinval(tuple, desc, 3, &isnull));
+
+		row->server = SPI_getvalue(tuple, desc, 1);
+		row->here = system == (int64) GetSystemIdentifier() &&
+			database == MyDatabaseId;
+		rows = lappend(rows, row);
+	}
+	MemoryContextSwitchTo(ours);
+	sql_become_caller(&saved);
+	return rows;
+}
+
+/* The cluster a server is bound to by only_on, if that is not this one; else
+ * NULL */
+static const char *
+bound_elsewhere(ForeignServer *server)
+{
+	OptionValues values = {0};
+	const char *only_on;
+
+	options_read(server->options, ForeignServerRelationId, values);
+	only_on = values[OPTION_ONLY_ON];
+	if (only_on == NULL || only_on[0] == '\0' || strcmp(only_on, cluster_name) == 0)
+		return NULL;
+	return only_on;
+}
+
+List *
+environment_enabled(void)
+{
+	List	   *result = NIL;
+	ListCell   *cell;
+
+	if (RecoveryInProgress() || !userpilot_deliver)
+		return NIL;
+
+	foreach(cell, read_enabled())
+	{
+		EnabledRow *row = (EnabledRow *) lfirst(cell);
+		Oid			serverid = get_foreign_server_oid(row->server, true);
+		ForeignServer *server;
+
+		if (!row->here || !OidIsValid(serverid))
+			continue;
+		server = GetForeignServer(serverid);
+		if (environment_is_ours(server->fdwid) && bound_elsewhere(server) == NULL)
+			result = lappend_oid(result, serverid);
+	}
+	return result;
+}
+
+const char *
+environment_disabled_reason(Oid serverid)
+{
+	ForeignServer *server;
+	EnabledRow *row = NULL;
+	ListCell   *cell;
+	const char *only_on;
+
+	if (RecoveryInProgress())
+		return "disabled: this is a standby";
+	if (!userpilot_deliver)
+		return "disabled: userpilot.deliver is off";
+	server = GetForeignServerExtended(serverid, FSV_MISSING_OK);
+	if (server == NULL || !environment_is_ours(server->fdwid))
+		return "disabled: the server does not exist";
+
+	foreach(cell, read_enabled())
+	{
+		if (strcmp(((EnabledRow *) lfirst(cell))->server, server->servername) == 0)
+			row = (EnabledRow *) lfirst(cell);
+	}
+	if (row == NULL)
+		return psprintf("disabled: SELECT userpilot_enable(%s) makes this database the sender",
+						quote_literal_cstr(server->servername));
+	if (!row->here)
+		return psprintf("disabled: this looks like a copy of another database; SELECT userpilot_enable(%s) makes it the sender",
+						quote_literal_cstr(server->servername));
+	only_on = bound_elsewhere(server);
+	if (only_on != NULL)
+		return psprintf("disabled: only_on is \"%s\" but cluster_name is \"%s\"",
+						only_on, cluster_name);
+	return NULL;
+}
+
+/* The server that a function's first argument names, if the current user may
+ * manage it; raises otherwise */
+static char *
+managed_server(FunctionCallInfo fcinfo)
+{
+	char	   *server;
+	Oid			serverid;
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("server must not be null"),
+				 errhint("Name it, as in userpilot_enable('userpilot').")));
+	server = NameStr(*PG_GETARG_NAME(0));
+	serverid = environment_lookup(server, false);
+	if (!compat_server_ownercheck(serverid, GetUserId()))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be owner of foreign server \"%s\"", server),
+				 errhint("Its owner or a superuser decides which database sends.")));
+	return server;
+}
+
+/* Writes userpilot_enabled by a statement; its commit will wake the worker */
+static void
+write_enabled(SqlStatement *statement, Datum *args)
+{
+	SqlCaller	saved;
+
+	sql_become_owner(&saved);
+	(void) sql_execute(statement, args, NULL, false);
+	sql_become_caller(&saved);
+	state_note_commit_wake();
+}
+
+/*
+ * userpilot_enable(server name)
+ *		Makes this database the one that sends to the server.  A row that
+ *		names another database is taken over.
+ */
+Datum
+userpilot_enable(PG_FUNCTION_ARGS)
+{
+	static SqlStatement statement =
+	SQL_STATEMENT("INSERT INTO @.userpilot_enabled"
+				  " (server, system_identifier, database, by)"
+				  " VALUES ($1, $2, $3, $4)"
+				  " ON CONFLICT (server) DO UPDATE SET"
+				  " system_identifier = EXCLUDED.system_identifier,"
+				  " database = EXCLUDED.database,"
+				  " enabled_at = DEFAULT, by = EXCLUDED.by",
+				  4, {TEXTOID, INT8OID, OIDOID, TEXTOID});
+	Datum		args[4];
+
+	args[0] = CStringGetTextDatum(managed_server(fcinfo));
+	args[1] = Int64GetDatum((int64) GetSystemIdentifier());
+	args[2] = ObjectIdGetDatum(MyDatabaseId);
+	args[3] = CStringGetTextDatum(GetUserNameFromId(GetUserId(), false));
+	write_enabled(&statement, args);
+	PG_RETURN_VOID();
+}
+
+/*
+ * userpilot_disable(server name)
+ *		Makes no database the sender.  What is queued stays queued.
+ */
+Datum
+userpilot_disable(PG_FUNCTION_ARGS)
+{
+	static SqlStatement statement =
+	SQL_STATEMENT("DELETE FROM @.userpilot_enabled"
+				  " WHERE server OPERATOR(pg_catalog.=) $1", 1, {TEXTOID});
+	Datum		args[1];
+
+	args[0] = CStringGetTextDatum(managed_server(fcinfo));
+	write_enabled(&statement, args);
+	PG_RETURN_VOID();
+}
+
+/*
+ * No function tells how many background workers run, but they are the
+ * processes of a kind that is not the server's own.
+ */
+int
+environment_workers_used(void)
+{
+	static SqlStatement statement =
+	SQL_STATEMENT("SELECT pg_catalog.count(*) FROM pg_catalog.pg_stat_activity"
+				  " WHERE NOT (backend_type OPERATOR(pg_catalog.=) ANY ('{client backend,"
+				  "autovacuum launcher,autovacuum worker,background writer,checkpointer,"
+				  "walwriter,startup,archiver,walreceiver,walsender,logger,io worker,"
+				  "slotsync worker,walsummarizer,standalone backend}'::pg_catalog.text[]))",
+				  0, {0});
+
+	(void) sql_execute(&statement, NULL, NULL, false);
+	return (int) sql_int64(1, 0);
+}

@@ -1,0 +1,86 @@
+/*
+ * functions.c
+ *	  The functions and procedures that people call.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "fmgr.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+
+#include "change.h"
+#include "environment.h"
+#include "queue.h"
+#include "state.h"
+
+PG_FUNCTION_INFO_V1(userpilot_identify_company);
+PG_FUNCTION_INFO_V1(userpilot_identify_user);
+PG_FUNCTION_INFO_V1(userpilot_wake);
+
+/* An id argument, whatever its declared type */
+static text *
+id_argument(FunctionCallInfo fcinfo, int n, const char *what)
+{
+	return change_id(get_fn_expr_argtype(fcinfo->flinfo, n), PG_GETARG_DATUM(n),
+					 PG_ARGISNULL(n), what);
+}
+
+static Jsonb *
+metadata_argument(FunctionCallInfo fcinfo, int n)
+{
+	Jsonb	   *metadata;
+
+	if (PG_ARGISNULL(n))
+		return change_no_metadata();
+	metadata = PG_GETARG_JSONB_P(n);
+	change_check_metadata(metadata);
+	return metadata;
+}
+
+/*
+ * userpilot_identify_company(company_id "any", metadata jsonb) returns void
+ */
+Datum
+userpilot_identify_company(PG_FUNCTION_ARGS)
+{
+	QueueChange change = {.kind = USERPILOT_COMPANY};
+
+	change.server = environment_current()->name;
+	change.entity_id = id_argument(fcinfo, 0, "company_id");
+	change.metadata = metadata_argument(fcinfo, 1);
+	queue_enqueue(&change, "userpilot_identify_company()");
+	PG_RETURN_VOID();
+}
+
+/*
+ * userpilot_identify_user(user_id "any", metadata jsonb, company_id "any")
+ * returns void
+ */
+Datum
+userpilot_identify_user(PG_FUNCTION_ARGS)
+{
+	QueueChange change = {.kind = USERPILOT_USER};
+
+	change.server = environment_current()->name;
+	change.entity_id = id_argument(fcinfo, 0, "user_id");
+	change.metadata = metadata_argument(fcinfo, 1);
+	if (!PG_ARGISNULL(2))
+		change.company_id = id_argument(fcinfo, 2, "company_id");
+	queue_enqueue(&change, "userpilot_identify_user()");
+	PG_RETURN_VOID();
+}
+
+/*
+ * userpilot_wake() returns void: the worker reads the whole queue once this
+ * transaction commits.  userpilot_retry() needs it: rows that come back are
+ * not new, and so no look would find them.
+ */
+Datum
+userpilot_wake(PG_FUNCTION_ARGS)
+{
+	state_note_read_all();
+	PG_RETURN_VOID();
+}

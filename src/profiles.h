@@ -1,0 +1,47 @@
+/*
+ * profiles.h
+ *	  userpilot_profiles: what Userpilot is known to have.
+ */
+#ifndef USERPILOT_PROFILES_H
+#define USERPILOT_PROFILES_H
+
+#include "entities.h"
+#include "merge.h"
+
+/* One entity on its way: its profile read, changes folded in, written back */
+typedef struct Profile
+{
+	EntityKey	key;			/* id in the entity's memory */
+	MemoryContext context;		/* of merge and all it comes to hold */
+	MergeEntity *merge;
+	bool		exists;			/* Userpilot has acknowledged it once */
+	int			attempts;		/* bodies since the last acknowledgement */
+	int64		job;			/* in flight in, 0: none */
+} Profile;
+
+/* What becomes of the profile row */
+typedef enum ProfileStep
+{
+	PROFILE_RAISED,				/* versions only: nothing was to be sent */
+	PROFILE_MARKED,				/* a body is about to leave */
+	PROFILE_LEARNED				/* ... and was acknowledged */
+} ProfileStep;
+
+/* Reads the profiles of n entities of one kind into their merges */
+extern void profiles_read(const char *server, Profile **profiles, int n);
+
+/* Writes n of them; the merges must be marked or learned accordingly */
+extern void profiles_write(const char *server, Profile **profiles, int n,
+						   ProfileStep step);
+
+/* Sets attempts of one entity: given back, or counted anew */
+extern void profiles_set_attempts(const char *server, Profile **profiles, int n);
+
+/* A bulk job was acknowledged in full: learn what its records say */
+extern void profiles_learn_job(const char *server, UserpilotKind kind, int64 job);
+
+/* Its entities are no longer in flight, and what was sent stays unknown;
+ * give_back: the attempt does not count */
+extern void profiles_release_job(const char *server, int64 job, bool give_back);
+
+#endif

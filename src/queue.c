@@ -1,0 +1,294 @@
+/*
+ * queue.c
+ *	  Enqueueing: rows go into userpilot_queue in the caller's transaction.
+ *
+ * Straight through the table access method, because every microsecond here
+ * is felt by a user's statement.  The relation stays open from a
+ * transaction's first row to PRE_COMMIT (or PRE_PREPARE), under the top
+ * transaction's resource owner: a portal's would complain of a leak.  An
+ * aborted subtransaction closes it too, since it may have created the table.
+ *
+ * No constraint is checked here: what the table's constraints would refuse
+ * is refused in C before, and the table's shape is verified when it is
+ * opened, so that a library never writes to a table it does not know.
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "catalog/pg_type.h"
+#include "executor/executor.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/pg_lsn.h"
+#include "utils/rel.h"
+#include "utils/resowner.h"
+#include "utils/timestamp.h"
+#include "utils/xid8.h"
+
+#include "compat.h"
+#include "environment.h"
+#include "queue.h"
+#include "queue_table.h"
+#include "state.h"
+
+/* A transaction's first rows are real time, what follows is bulk */
+#define REALTIME_ROWS 100
+
+static const struct
+{
+	const char *name;
+	Oid			type;
+}			columns[QUEUE_NCOLUMNS] = {
+	{"lsn", PG_LSNOID}, {"xid", XID8OID}, {"enqueued_at", TIMESTAMPTZOID},
+	{"batch", INT8OID}, {"bulk", BOOLOID}, {"server", TEXTOID},
+	{"kind", TEXTOID}, {"entity_id", TEXTOID}, {"company_id", TEXTOID},
+	{"metadata", JSONBOID}
+};
+
+/* The queue as this transaction has it open */
+typedef struct OpenQueue
+{
+	Relation	rel;
+	ResultRelInfo *rri;
+	EState	   *estate;
+	TupleTableSlot *slot;
+} OpenQueue;
+
+static OpenQueue open_queue = {0};
+static int	rows_in_transaction = 0;
+static bool queued_in_transaction = false;
+
+void
+queue_check_shape(Relation rel)
+{
+	TupleDesc	desc = RelationGetDescr(rel);
+	bool		good = desc->natts == QUEUE_NCOLUMNS;
+
+	for (int i = 0; good && i < desc->natts; i++)
+	{
+		Form_pg_attribute att = TupleDescAttr(desc, i);
+
+		good = !att->attisdropped && att->atttypid == columns[i].type &&
+			strcmp(NameStr(att->attname), columns[i].name) == 0;
+	}
+	if (!good)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table %s is not what this version of userpilot expects",
+						quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
+												   RelationGetRelationName(rel))),
+				 errhint("Update the extension with ALTER EXTENSION userpilot UPDATE, or reconnect if the library is older.")));
+}
+
+Oid
+queue_relid(const char *name)
+{
+	Oid			relid = get_relname_relid(name, environment_schema());
+
+	if (!OidIsValid(relid))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("table %s of extension userpilot is missing", name),
+				 errhint("DROP EXTENSION userpilot; CREATE EXTENSION userpilot;")));
+	return relid;
+}
+
+static void
+close_queue(void)
+{
+	ResourceOwner owner = CurrentResourceOwner;
+	OpenQueue	closing = open_queue;
+
+	if (closing.rel == NULL)
+		return;
+	memset(&open_queue, 0, sizeof(open_queue));
+
+	CurrentResourceOwner = TopTransactionResourceOwner;
+	ExecCloseIndices(closing.rri);
+	ExecDropSingleTupleTableSlot(closing.slot);
+	table_close(closing.rel, NoLock);
+	FreeExecutorState(closing.estate);
+	CurrentResourceOwner = owner;
+}
+
+static OpenQueue *
+open_for_insert(void)
+{
+	ResourceOwner owner = CurrentResourceOwner;
+	MemoryContext old;
+	OpenQueue	opening = {0};
+
+	if (open_queue.rel != NULL)
+		return &open_queue;
+
+	CurrentResourceOwner = TopTransactionResourceOwner;
+	old = MemoryContextSwitchTo(TopTransactionContext);
+	opening.rel = table_open(queue_relid("userpilot_queue"), RowExclusiveLock);
+	queue_check_shape(opening.rel);
+	opening.estate = CreateExecutorState();
+	opening.rri = makeNode(ResultRelInfo);
+	InitResultRelInfo(opening.rri, opening.rel, 1, NULL, 0);
+	ExecOpenIndices(opening.rri, false);
+	opening.slot = MakeSingleTupleTableSlot(RelationGetDescr(opening.rel),
+											&TTSOpsHeapTuple);
+	MemoryContextSwitchTo(old);
+	CurrentResourceOwner = owner;
+
+	open_queue = opening;
+	return &open_queue;
+}
+
+static void
+transaction_callback(XactEvent event, void *arg)
+{
+	switch (event)
+	{
+		case XACT_EVENT_PRE_COMMIT:
+		case XACT_EVENT_PARALLEL_PRE_COMMIT:
+		case XACT_EVENT_PRE_PREPARE:
+			queue_batches_record();
+			close_queue();
+			return;
+		case XACT_EVENT_COMMIT:
+		case XACT_EVENT_PARALLEL_COMMIT:
+		case XACT_EVENT_PREPARE:
+			/* of a prepared transaction the worker must know, to watch it */
+			state_commit();
+			break;
+		case XACT_EVENT_ABORT:
+		case XACT_EVENT_PARALLEL_ABORT:
+			/* the resource owner lets go of the relations itself */
+			memset(&open_queue, 0, sizeof(open_queue));
+			state_forget();
+			break;
+	}
+	queue_batches_forget();
+	rows_in_transaction = 0;
+	queued_in_transaction = false;
+}
+
+static void
+subtransaction_callback(SubXactEvent event, SubTransactionId me,
+						SubTransactionId parent, void *arg)
+{
+	if (event == SUBXACT_EVENT_ABORT_SUB)
+		close_queue();
+	if (event == SUBXACT_EVENT_ABORT_SUB || event == SUBXACT_EVENT_COMMIT_SUB)
+		queue_batches_subtransaction(event == SUBXACT_EVENT_COMMIT_SUB, me, parent);
+}
+
+void
+queue_register(void)
+{
+	RegisterXactCallback(transaction_callback, NULL);
+	RegisterSubXactCallback(subtransaction_callback, NULL);
+}
+
+text *
+queue_kind_text(UserpilotKind kind)
+{
+	static text *texts[USERPILOT_KINDS];
+
+	if (texts[kind] == NULL)
+	{
+		MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+
+		texts[kind] = cstring_to_text(userpilot_kind_name(kind));
+		MemoryContextSwitchTo(old);
+	}
+	return texts[kind];
+}
+
+HeapTuple
+queue_form_row(TupleDesc desc, const QueueChange *change, XLogRecPtr lsn,
+			   TimestampTz at, int64 batch, bool bulk)
+{
+	Datum		values[QUEUE_NCOLUMNS];
+	bool		nulls[QUEUE_NCOLUMNS] = {0};
+
+	values[QUEUE_LSN] = LSNGetDatum(lsn);
+	values[QUEUE_XID] = FullTransactionIdGetDatum(GetTopFullTransactionId());
+	values[QUEUE_AT] = TimestampTzGetDatum(at);
+	values[QUEUE_BATCH] = Int64GetDatum(batch);
+	nulls[QUEUE_BATCH] = batch == 0;
+	values[QUEUE_BULK] = BoolGetDatum(bulk);
+	values[QUEUE_SERVER] = PointerGetDatum(change->server);
+	values[QUEUE_KIND] = PointerGetDatum(queue_kind_text(change->kind));
+	values[QUEUE_ENTITY] = PointerGetDatum(change->entity_id);
+	values[QUEUE_COMPANY] = PointerGetDatum(change->company_id);
+	nulls[QUEUE_COMPANY] = change->company_id == NULL;
+	values[QUEUE_METADATA] = PointerGetDatum(change->metadata);
+	return heap_form_tuple(desc, values, nulls);
+}
+
+void
+queue_begin(const char *command)
+{
+	PreventCommandIfReadOnly(command);
+	PreventCommandIfParallelMode(command);
+	PreventCommandDuringRecovery(command);
+	if (!queued_in_transaction)
+	{
+		state_note_commit_wake();
+		queued_in_transaction = true;
+	}
+}
+
+TupleDesc
+queue_descriptor(void)
+{
+	return RelationGetDescr(open_for_insert()->rel);
+}
+
+/* Slots must hold heap tuples */
+void
+queue_insert_slots(TupleTableSlot **slots, int n)
+{
+	OpenQueue  *queue = open_for_insert();
+	ResourceOwner owner = CurrentResourceOwner;
+	CommandId	cid = GetCurrentCommandId(true);
+
+	CurrentResourceOwner = TopTransactionResourceOwner;
+	if (n == 1)
+		table_tuple_insert(queue->rel, slots[0], cid, 0, NULL);
+	else
+		table_multi_insert(queue->rel, slots, n, cid, 0, NULL);
+	for (int i = 0; i < n; i++)
+	{
+		(void) compat_insert_index_tuples(queue->rri, slots[i], queue->estate);
+		ResetPerTupleExprContext(queue->estate);
+	}
+	CurrentResourceOwner = owner;
+}
+
+void
+queue_enqueue(const QueueChange *change, const char *command)
+{
+	OpenQueue  *queue;
+	HeapTuple	tuple;
+
+	queue_begin(command);
+	queue = open_for_insert();
+	tuple = queue_form_row(RelationGetDescr(queue->rel), change,
+						   GetXLogInsertRecPtr(), GetCurrentTimestamp(), 0,
+						   rows_in_transaction >= REALTIME_ROWS);
+	if (++rows_in_transaction > REALTIME_ROWS)
+		state_note_bulk();
+
+	ExecStoreHeapTuple(tuple, queue->slot, false);
+	queue_insert_slots(&queue->slot, 1);
+	ExecClearTuple(queue->slot);
+	heap_freetuple(tuple);
+}
+
+bool
+queue_in_transaction(void)
+{
+	return queued_in_transaction;
+}

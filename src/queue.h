@@ -1,0 +1,117 @@
+/*
+ * queue.h
+ *	  userpilot_queue, userpilot_batches and userpilot_dead_letters.
+ *
+ * queue.c writes in the callers' transactions; queue_read.c is the worker's
+ * side.
+ */
+#ifndef USERPILOT_QUEUE_H
+#define USERPILOT_QUEUE_H
+
+#include "datatype/timestamp.h"
+#include "lib/stringinfo.h"
+#include "storage/itemptr.h"
+#include "utils/jsonb.h"
+
+#include "merge.h"
+#include "userpilot.h"
+
+typedef struct QueueChange
+{
+	text	   *server;
+	UserpilotKind kind;
+	text	   *entity_id;
+	text	   *company_id;		/* NULL: says nothing of it */
+	Jsonb	   *metadata;
+} QueueChange;
+
+/* --- callers (queue.c) --- */
+
+/* Real time; bulk beyond a transaction's first 100 rows */
+extern void queue_enqueue(const QueueChange *change, const char *command);
+
+/* A bulk SELECT: opened at its first row, with the active snapshot */
+typedef struct QueueBatch QueueBatch;
+
+extern QueueBatch *queue_batch_open(text *server, UserpilotKind kind,
+									const char *command);
+extern text *queue_batch_server(const QueueBatch *batch);
+extern void queue_batch_add(QueueBatch *batch, const QueueChange *change);
+extern void queue_batch_flush(QueueBatch *batch);
+
+/* Whether this transaction has queued anything */
+extern bool queue_in_transaction(void);
+
+/* The transaction callbacks, from _PG_init */
+extern void queue_register(void);
+
+/* --- worker (queue_read.c) --- */
+
+/* A row as the worker reads it; lives as long as the handler's call */
+typedef struct QueueRow
+{
+	ItemPointerData tid;
+	uint64		lsn;
+	uint64		xid;
+	int64		batch;			/* 0: none */
+	bool		bulk;
+	TimestampTz enqueued_at;
+	UserpilotKind kind;
+	const char *entity_id;		/* lengths count: it may not end in NUL */
+	int			entity_len;
+	const char *company_id;		/* or NULL */
+	int			company_len;
+	Jsonb	   *metadata;		/* perhaps toasted: queue_fold detoasts */
+} QueueRow;
+
+typedef void (*QueueRowHandler) (const QueueRow *row, void *arg);
+
+/*
+ * The look: real-time rows of a server that became visible since the
+ * previous look, ordered by lsn; all of them if *snapshot is NULL.  Replaces
+ * *snapshot (in CurrentMemoryContext).  At most limit rows; returns how many.
+ */
+extern int	queue_look(const char *server, Datum *snapshot, int limit,
+					   QueueRowHandler handler, void *arg);
+
+/*
+ * The sweep: every visible row of a server once, from block start round to
+ * it again, in physical order from there.
+ */
+extern void queue_sweep(const char *server, BlockNumber start,
+						QueueRowHandler handler, void *arg);
+
+/* A copy in CurrentMemoryContext that outlives the handler's call */
+extern QueueRow *queue_row_copy(const QueueRow *row);
+
+/* Bulk SELECTs that rows of the queue may belong to */
+extern void queue_batches(const char *server, MergeBatches *batches);
+
+/* Folds a row into an entity */
+extern void queue_fold(MergeEntity *entity, const MergeBatches *batches,
+					   const QueueRow *row);
+
+/* Deletes rows by position, if they are still the rows that were read */
+extern uint64 queue_delete(const QueueRow *rows, int n);
+
+typedef struct QueueFailure
+{
+	int			http_status;	/* 0: none */
+	const char *error;
+	const char *response;		/* or NULL */
+	int			attempts;
+} QueueFailure;
+
+/* Moves rows to the dead letters */
+extern uint64 queue_bury(const QueueRow *rows, int n, const QueueFailure *why);
+
+/* Whether anything is queued for a server, at all or for the bulk lane */
+extern bool queue_has_rows(const char *server, bool bulk_only);
+
+/* Whether anything is queued that a snapshot (pg_snapshot) saw committed */
+extern bool queue_pending_before(Datum snapshot);
+
+/* Whether a prepared transaction holds rows of the queue */
+extern bool queue_prepared_pending(void);
+
+#endif

@@ -1,0 +1,247 @@
+/*
+ * queue_batch.c
+ *	  Bulk SELECTs: rows written in groups, and one row in userpilot_batches.
+ *
+ * A bulk SELECT reads the past, so its snapshot is recorded: a change that
+ * the snapshot cannot see is newer than what the SELECT read, whatever their
+ * positions in the WAL.  The record is written when the transaction ends,
+ * with the final count of rows, so it needs no update.
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "executor/executor.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "tcop/tcopprot.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+#include "utils/fmgroids.h"
+#include "utils/memutils.h"
+#include "utils/pg_lsn.h"
+#include "utils/rel.h"
+#include "utils/timestamp.h"
+#include "utils/xid8.h"
+
+#include "compat.h"
+#include "queue.h"
+#include "queue_table.h"
+#include "state.h"
+
+/* Rows and bytes that are written at once */
+#define BATCH_ROWS 500
+#define BATCH_BYTES (1024 * 1024)
+
+#define STATEMENT_BYTES 1000
+#define BATCHES_PER_TRANSACTION 1000000
+
+/* What will be written to userpilot_batches; in TopTransactionContext */
+typedef struct BatchRecord
+{
+	int64		id;
+	text	   *server;
+	UserpilotKind kind;
+	Datum		snapshot;
+	XLogRecPtr	lsn;
+	TimestampTz at;
+	int64		rows;
+	text	   *statement;
+	text	   *by;
+	SubTransactionId subtransaction;
+} BatchRecord;
+
+struct QueueBatch
+{
+	BatchRecord *record;
+	MemoryContext context;		/* of this struct and the slots */
+	MemoryContext rows_context; /* what the buffered rows point to */
+	int			nrows;
+	Size		bytes;
+	TupleTableSlot *slots[BATCH_ROWS];
+};
+
+static List *records = NIL;
+static int64 batches_in_transaction = 0;
+
+static BatchRecord *
+new_record(text *server, UserpilotKind kind)
+{
+	MemoryContext old = MemoryContextSwitchTo(TopTransactionContext);
+	BatchRecord *record = palloc0(sizeof(BatchRecord));
+	const char *statement = debug_query_string ? debug_query_string : "";
+
+	if (++batches_in_transaction >= BATCHES_PER_TRANSACTION)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("too many bulk SELECTs in one transaction"),
+				 errhint("Send many rows with one SELECT, and single ones with userpilot_identify_company() or userpilot_identify_user().")));
+	record->id = U64FromFullTransactionId(GetTopFullTransactionId()) *
+		BATCHES_PER_TRANSACTION + batches_in_transaction;
+	record->server = (text *) DatumGetPointer(datumCopy(PointerGetDatum(server), false, -1));
+	record->kind = kind;
+	record->snapshot = OidFunctionCall0(F_PG_CURRENT_SNAPSHOT);
+	record->lsn = GetXLogInsertRecPtr();
+	record->at = GetCurrentTimestamp();
+	record->statement = cstring_to_text_with_len(statement,
+												 pg_mbcliplen(statement, strlen(statement), STATEMENT_BYTES));
+	record->by = cstring_to_text(GetUserNameFromId(GetUserId(), false));
+	record->subtransaction = GetCurrentSubTransactionId();
+	records = lappend(records, record);
+	MemoryContextSwitchTo(old);
+	return record;
+}
+
+QueueBatch *
+queue_batch_open(text *server, UserpilotKind kind, const char *command)
+{
+	QueueBatch *batch = palloc0(sizeof(QueueBatch));
+
+	queue_begin(command);
+	state_note_bulk();
+	batch->record = new_record(server, kind);
+	batch->context = CurrentMemoryContext;
+	batch->rows_context = AllocSetContextCreate(CurrentMemoryContext,
+												"userpilot bulk rows",
+												ALLOCSET_DEFAULT_SIZES);
+	return batch;
+}
+
+text *
+queue_batch_server(const QueueBatch *batch)
+{
+	return batch->record->server;
+}
+
+static TupleTableSlot *
+next_slot(QueueBatch *batch, TupleDesc desc)
+{
+	TupleTableSlot **slot = &batch->slots[batch->nrows];
+
+	if (*slot == NULL)
+	{
+		MemoryContext old = MemoryContextSwitchTo(batch->context);
+
+		/* a copy: the relation may be closed and opened in between */
+		*slot = MakeSingleTupleTableSlot(CreateTupleDescCopy(desc), &TTSOpsHeapTuple);
+		MemoryContextSwitchTo(old);
+	}
+	return *slot;
+}
+
+void
+queue_batch_add(QueueBatch *batch, const QueueChange *change)
+{
+	TupleDesc	desc = queue_descriptor();
+	MemoryContext old = MemoryContextSwitchTo(batch->rows_context);
+	HeapTuple	tuple = queue_form_row(desc, change, batch->record->lsn,
+									   batch->record->at, batch->record->id, true);
+
+	MemoryContextSwitchTo(old);
+	ExecStoreHeapTuple(tuple, next_slot(batch, desc), false);
+	batch->nrows++;
+	batch->bytes += tuple->t_len;
+	if (batch->nrows == BATCH_ROWS || batch->bytes >= BATCH_BYTES)
+		queue_batch_flush(batch);
+}
+
+void
+queue_batch_flush(QueueBatch *batch)
+{
+	if (batch->nrows == 0)
+		return;
+	queue_insert_slots(batch->slots, batch->nrows);
+	for (int i = 0; i < batch->nrows; i++)
+		ExecClearTuple(batch->slots[i]);
+	batch->record->rows += batch->nrows;
+	batch->nrows = 0;
+	batch->bytes = 0;
+	MemoryContextReset(batch->rows_context);
+}
+
+static void
+insert_record(ResultRelInfo *rri, EState *estate, TupleTableSlot *slot,
+			  const BatchRecord *record)
+{
+	Datum		values[] = {
+		Int64GetDatum(record->id),
+		PointerGetDatum(record->server),
+		PointerGetDatum(queue_kind_text(record->kind)),
+		record->snapshot,
+		LSNGetDatum(record->lsn),
+		FullTransactionIdGetDatum(GetTopFullTransactionId()),
+		Int64GetDatum(record->rows),
+		PointerGetDatum(record->statement),
+		TimestampTzGetDatum(record->at),
+		PointerGetDatum(record->by)
+	};
+
+	ExecClearTuple(slot);
+	memcpy(slot->tts_values, values, sizeof(values));
+	memset(slot->tts_isnull, 0, lengthof(values) * sizeof(bool));
+	ExecStoreVirtualTuple(slot);
+	table_tuple_insert(rri->ri_RelationDesc, slot, GetCurrentCommandId(true), 0, NULL);
+	(void) compat_insert_index_tuples(rri, slot, estate);
+	ResetPerTupleExprContext(estate);
+}
+
+/* Before commit or prepare: one row for each bulk SELECT that queued rows */
+void
+queue_batches_record(void)
+{
+	Relation	rel;
+	EState	   *estate;
+	ResultRelInfo *rri;
+	TupleTableSlot *slot;
+	ListCell   *lc;
+
+	if (records == NIL)
+		return;
+	rel = table_open(queue_relid("userpilot_batches"), RowExclusiveLock);
+	estate = CreateExecutorState();
+	rri = makeNode(ResultRelInfo);
+	InitResultRelInfo(rri, rel, 1, NULL, 0);
+	ExecOpenIndices(rri, false);
+	slot = MakeSingleTupleTableSlot(RelationGetDescr(rel), &TTSOpsVirtual);
+	foreach(lc, records)
+	{
+		const BatchRecord *record = lfirst(lc);
+
+		if (record->rows > 0)
+			insert_record(rri, estate, slot, record);
+	}
+	ExecDropSingleTupleTableSlot(slot);
+	ExecCloseIndices(rri);
+	FreeExecutorState(estate);
+	table_close(rel, NoLock);
+	records = NIL;
+}
+
+void
+queue_batches_forget(void)
+{
+	records = NIL;
+	batches_in_transaction = 0;
+}
+
+/* Rows of an aborted subtransaction are gone, and so is their record */
+void
+queue_batches_subtransaction(bool commit, SubTransactionId me, SubTransactionId parent)
+{
+	ListCell   *lc;
+
+	foreach(lc, records)
+	{
+		BatchRecord *record = lfirst(lc);
+
+		if (record->subtransaction != me)
+			continue;
+		if (commit)
+			record->subtransaction = parent;
+		else
+			records = foreach_delete_current(records, lc);
+	}
+}

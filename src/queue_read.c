@@ -1,0 +1,401 @@
+/*
+ * queue_read.c
+ *	  The worker's side of the queue: look, sweep, delete, bury.
+ *
+ * Everything here runs inside one of the worker's short transactions, with
+ * SPI connected and a snapshot pushed.
+ */
+#include "postgres.h"
+
+#include "access/relation.h"
+#include "access/table.h"
+#include "access/tableam.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "storage/bufmgr.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/pg_lsn.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+#include "utils/xid8.h"
+
+#include "compat.h"
+#include "environment.h"
+#include "payload.h"
+#include "queue.h"
+#include "queue_table.h"
+#include "sql.h"
+
+static UserpilotKind
+kind_of(const char *str, int len)
+{
+	return len == 7 && memcmp(str, "company", 7) == 0 ? USERPILOT_COMPANY : USERPILOT_USER;
+}
+
+/* ------------------------------------------------------------- the look */
+
+#define LOOK_COLUMNS "ctid, lsn, xid, batch, bulk, enqueued_at, kind, entity_id, company_id, metadata"
+
+/* $1 server, $2 limit, $3 previous snapshot */
+static const char *const look_all =
+"SELECT " LOOK_COLUMNS " FROM @.userpilot_queue"
+" WHERE NOT bulk AND server = $1 ORDER BY lsn, ctid LIMIT $2";
+
+/*
+ * Two branches, because one OR plans as a full scan: what began since, and
+ * what was in progress then.
+ */
+static const char *const look_new =
+"SELECT " LOOK_COLUMNS " FROM @.userpilot_queue"
+" WHERE NOT bulk AND server = $1 AND xid >= pg_catalog.pg_snapshot_xmax($3)"
+" UNION ALL "
+"SELECT " LOOK_COLUMNS " FROM @.userpilot_queue"
+" WHERE NOT bulk AND server = $1 AND xid < pg_catalog.pg_snapshot_xmax($3)"
+" AND xid = ANY (ARRAY(SELECT pg_catalog.pg_snapshot_xip($3)))"
+" ORDER BY lsn, ctid LIMIT $2";
+
+static void
+read_spi_row(HeapTuple tuple, TupleDesc desc, QueueRow *row)
+{
+	bool		isnull;
+	Datum		d;
+
+	row->tid = *(ItemPointer) DatumGetPointer(SPI_getbinval(tuple, desc, 1, &isnull));
+	row->lsn = DatumGetLSN(SPI_getbinval(tuple, desc, 2, &isnull));
+	row->xid = U64FromFullTransactionId(DatumGetFullTransactionId(SPI_getbinval(tuple, desc, 3, &isnull)));
+	d = SPI_getbinval(tuple, desc, 4, &isnull);
+	row->batch = isnull ? 0 : DatumGetInt64(d);
+	row->bulk = DatumGetBool(SPI_getbinval(tuple, desc, 5, &isnull));
+	row->enqueued_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 6, &isnull));
+	d = SPI_getbinval(tuple, desc, 7, &isnull);
+	row->kind = kind_of(VARDATA_ANY(DatumGetPointer(d)), VARSIZE_ANY_EXHDR(DatumGetPointer(d)));
+	row->entity_id = TextDatumGetCString(SPI_getbinval(tuple, desc, 8, &isnull));
+	row->entity_len = strlen(row->entity_id);
+	d = SPI_getbinval(tuple, desc, 9, &isnull);
+	row->company_id = isnull ? NULL : TextDatumGetCString(d);
+	row->company_len = isnull ? 0 : (int) strlen(row->company_id);
+	row->metadata = (Jsonb *) DatumGetPointer(SPI_getbinval(tuple, desc, 10, &isnull));
+}
+
+int
+queue_look(const char *server, Datum *snapshot, int limit,
+		   QueueRowHandler handler, void *arg)
+{
+	static SqlStatement all = SQL_STATEMENT(look_all, 2, {TEXTOID, INT8OID});
+	static SqlStatement since = SQL_STATEMENT(look_new, 3, {TEXTOID, INT8OID, PG_SNAPSHOTOID});
+	Datum		args[3];
+	Datum		now = OidFunctionCall0(F_PG_CURRENT_SNAPSHOT);
+	int			n;
+
+	args[0] = CStringGetTextDatum(server);
+	args[1] = Int64GetDatum(limit);
+	args[2] = *snapshot;
+	n = sql_execute(*snapshot ? &since : &all, args, NULL, true);
+	for (int i = 0; i < n; i++)
+	{
+		QueueRow	row;
+
+		read_spi_row(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, &row);
+		handler(&row, arg);
+	}
+	SPI_freetuptable(SPI_tuptable);
+	*snapshot = now;
+	return n;
+}
+
+/* ------------------------------------------------------------ the sweep */
+
+static void
+read_slot_row(TupleTableSlot *slot, QueueRow *row)
+{
+	struct varlena *text;
+
+	row->tid = slot->tts_tid;
+	row->lsn = DatumGetLSN(slot->tts_values[QUEUE_LSN]);
+	row->xid = U64FromFullTransactionId(DatumGetFullTransactionId(slot->tts_values[QUEUE_XID]));
+	row->enqueued_at = DatumGetTimestampTz(slot->tts_values[QUEUE_AT]);
+	row->batch = slot->tts_isnull[QUEUE_BATCH] ? 0 : DatumGetInt64(slot->tts_values[QUEUE_BATCH]);
+	row->bulk = DatumGetBool(slot->tts_values[QUEUE_BULK]);
+	text = (struct varlena *) DatumGetPointer(slot->tts_values[QUEUE_KIND]);
+	row->kind = kind_of(VARDATA_ANY(text), VARSIZE_ANY_EXHDR(text));
+	text = PG_DETOAST_DATUM_PACKED(slot->tts_values[QUEUE_ENTITY]);
+	row->entity_id = VARDATA_ANY(text);
+	row->entity_len = VARSIZE_ANY_EXHDR(text);
+	row->company_id = NULL;
+	row->company_len = 0;
+	if (!slot->tts_isnull[QUEUE_COMPANY])
+	{
+		text = PG_DETOAST_DATUM_PACKED(slot->tts_values[QUEUE_COMPANY]);
+		row->company_id = VARDATA_ANY(text);
+		row->company_len = VARSIZE_ANY_EXHDR(text);
+	}
+	row->metadata = (Jsonb *) DatumGetPointer(slot->tts_values[QUEUE_METADATA]);
+}
+
+static bool
+is_server(TupleTableSlot *slot, const char *server, int len)
+{
+	struct varlena *text = PG_DETOAST_DATUM_PACKED(slot->tts_values[QUEUE_SERVER]);
+
+	return VARSIZE_ANY_EXHDR(text) == (Size) len && memcmp(VARDATA_ANY(text), server, len) == 0;
+}
+
+/* Rows of blocks [from, to) */
+static void
+sweep_range(Relation rel, BlockNumber from, BlockNumber to, const char *server,
+			QueueRowHandler handler, void *arg)
+{
+	ItemPointerData first;
+	ItemPointerData last;
+	TableScanDesc scan;
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	MemoryContext per_row = AllocSetContextCreate(CurrentMemoryContext,
+												  "userpilot sweep row",
+												  ALLOCSET_SMALL_SIZES);
+	int			server_len = strlen(server);
+
+	ItemPointerSet(&first, from, 0);
+	ItemPointerSet(&last, to, 0);
+	scan = table_beginscan_tidrange(rel, GetActiveSnapshot(), &first, &last);
+	while (table_scan_getnextslot_tidrange(scan, ForwardScanDirection, slot))
+	{
+		MemoryContext old = MemoryContextSwitchTo(per_row);
+		QueueRow	row;
+
+		CHECK_FOR_INTERRUPTS();
+		slot_getallattrs(slot);
+		if (is_server(slot, server, server_len))
+		{
+			read_slot_row(slot, &row);
+			MemoryContextSwitchTo(old);
+			handler(&row, arg);
+		}
+		MemoryContextSwitchTo(old);
+		MemoryContextReset(per_row);
+	}
+	table_endscan(scan);
+	ExecDropSingleTupleTableSlot(slot);
+	MemoryContextDelete(per_row);
+}
+
+void
+queue_sweep(const char *server, BlockNumber start, QueueRowHandler handler, void *arg)
+{
+	Relation	rel = table_open(queue_relid("userpilot_queue"), AccessShareLock);
+	BlockNumber nblocks = RelationGetNumberOfBlocks(rel);
+
+	queue_check_shape(rel);
+	if (start >= nblocks)
+		start = 0;
+	sweep_range(rel, start, nblocks, server, handler, arg);
+	if (start > 0)
+		sweep_range(rel, 0, start, server, handler, arg);
+	table_close(rel, NoLock);
+}
+
+/* A copy in CurrentMemoryContext that outlives the scan */
+QueueRow *
+queue_row_copy(const QueueRow *row)
+{
+	QueueRow   *copy = palloc(sizeof(QueueRow));
+
+	*copy = *row;
+	copy->entity_id = pnstrdup(row->entity_id, row->entity_len);
+	if (row->company_id)
+		copy->company_id = pnstrdup(row->company_id, row->company_len);
+	copy->metadata = (Jsonb *) PG_DETOAST_DATUM_COPY(PointerGetDatum(row->metadata));
+	return copy;
+}
+
+/* ------------------------------------------------------- into the merge */
+
+static uint64 *
+read_xids(Datum array, int *n)
+{
+	Datum	   *elements;
+	uint64	   *xids;
+
+	deconstruct_array(DatumGetArrayTypeP(array), XID8OID, 8, FLOAT8PASSBYVAL,
+					  TYPALIGN_DOUBLE, &elements, NULL, n);
+	xids = palloc(Max(*n, 1) * sizeof(uint64));
+	for (int i = 0; i < *n; i++)
+		xids[i] = U64FromFullTransactionId(DatumGetFullTransactionId(elements[i]));
+	return xids;
+}
+
+void
+queue_batches(const char *server, MergeBatches *batches)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"SELECT id, lsn, xid, pg_catalog.pg_snapshot_xmin(snapshot), pg_catalog.pg_snapshot_xmax(snapshot),"
+		" ARRAY(SELECT x FROM pg_catalog.pg_snapshot_xip(snapshot) x ORDER BY x)"
+		" FROM @.userpilot_batches WHERE server = $1 ORDER BY id", 1, {TEXTOID});
+	Datum		args[1] = {CStringGetTextDatum(server)};
+	MemoryContext caller = CurrentMemoryContext;
+	MemoryContext old;
+	MergeBatch *list;
+	int			n;
+
+	n = sql_execute(&statement, args, NULL, true);
+	old = MemoryContextSwitchTo(caller);
+	list = palloc0(Max(n, 1) * sizeof(MergeBatch));
+	for (int i = 0; i < n; i++)
+	{
+		HeapTuple	tuple = SPI_tuptable->vals[i];
+		TupleDesc	desc = SPI_tuptable->tupdesc;
+		bool		isnull;
+		Datum		xips = SPI_getbinval(tuple, desc, 6, &isnull);
+
+		list[i].id = DatumGetInt64(SPI_getbinval(tuple, desc, 1, &isnull));
+		list[i].lsn = DatumGetLSN(SPI_getbinval(tuple, desc, 2, &isnull));
+		list[i].xid = U64FromFullTransactionId(DatumGetFullTransactionId(SPI_getbinval(tuple, desc, 3, &isnull)));
+		list[i].xmin = U64FromFullTransactionId(DatumGetFullTransactionId(SPI_getbinval(tuple, desc, 4, &isnull)));
+		list[i].xmax = U64FromFullTransactionId(DatumGetFullTransactionId(SPI_getbinval(tuple, desc, 5, &isnull)));
+		list[i].xip = read_xids(xips, &list[i].nxip);
+	}
+	SPI_freetuptable(SPI_tuptable);
+	MemoryContextSwitchTo(old);
+	merge_batches_init(batches, list, n);
+}
+
+/*
+ * A batch row whose bulk SELECT is not on record (its row was deleted by
+ * hand) counts as a direct change at its position.
+ */
+void
+queue_fold(MergeEntity *entity, const MergeBatches *batches, const QueueRow *row)
+{
+	MergeProperty props[USERPILOT_MAX_PROPERTIES + 1];
+	Jsonb	   *metadata = DatumGetJsonbP(PointerGetDatum(row->metadata));
+	JsonbIterator *it = JsonbIteratorInit(&metadata->root);
+	JsonbValue	v;
+	int			n = 0;
+
+	if (row->company_id != NULL)
+	{
+		props[n].name = MERGE_COMPANY_KEY;
+		props[n].namelen = 0;
+		props[n].value.type = MERGE_STRING;
+		props[n].value.data = row->company_id;
+		props[n++].value.len = row->company_len;
+	}
+	(void) JsonbIteratorNext(&it, &v, false);
+	while (n < (int) lengthof(props) && JsonbIteratorNext(&it, &v, true) == WJB_KEY)
+	{
+		props[n].name = v.val.string.val;
+		props[n].namelen = v.val.string.len;
+		(void) JsonbIteratorNext(&it, &v, true);
+		if (payload_to_merge(&v, &props[n].value))
+			n++;
+	}
+	merge_change(entity, row->lsn, row->xid,
+				 row->batch ? merge_batches_find(batches, row->batch) : NULL, props, n);
+	if (metadata != row->metadata)
+		pfree(metadata);
+}
+
+/* ------------------------------------------------------ rows that leave */
+
+/* Positions and what must still stand there: rows may have been moved by a
+ * rewrite of the table, and a position used again */
+static void
+row_arrays(const QueueRow *rows, int n, Datum *tids, Datum *lsns)
+{
+	Datum	   *tid = palloc(Max(n, 1) * sizeof(Datum));
+	Datum	   *lsn = palloc(Max(n, 1) * sizeof(Datum));
+
+	for (int i = 0; i < n; i++)
+	{
+		tid[i] = PointerGetDatum(&rows[i].tid);
+		lsn[i] = LSNGetDatum(rows[i].lsn);
+	}
+	*tids = PointerGetDatum(construct_array(tid, n, TIDOID, sizeof(ItemPointerData), false, TYPALIGN_SHORT));
+	*lsns = PointerGetDatum(construct_array(lsn, n, PG_LSNOID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+}
+
+#define ROWS_READ \
+	"q.ctid = ANY ($1) AND (q.ctid, q.lsn) IN" \
+	" (SELECT t, l FROM unnest($1, $2) AS r(t, l))"
+
+uint64
+queue_delete(const QueueRow *rows, int n)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"DELETE FROM @.userpilot_queue q WHERE " ROWS_READ,
+		2, {TIDARRAYOID, PG_LSNARRAYOID});
+	Datum		args[2];
+
+	if (n == 0)
+		return 0;
+	row_arrays(rows, n, &args[0], &args[1]);
+	return sql_execute(&statement, args, NULL, false);
+}
+
+uint64
+queue_bury(const QueueRow *rows, int n, const QueueFailure *why)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"WITH gone AS (DELETE FROM @.userpilot_queue q WHERE " ROWS_READ " RETURNING q.*)"
+		" INSERT INTO @.userpilot_dead_letters (lsn, xid, enqueued_at, batch, bulk, server, kind,"
+		" entity_id, company_id, metadata, http_status, error, response, attempts)"
+		" SELECT lsn, xid, enqueued_at, batch, bulk, server, kind,"
+		" entity_id, company_id, metadata, $3, $4, $5, $6 FROM gone ORDER BY lsn",
+		6, {TIDARRAYOID, PG_LSNARRAYOID, INT4OID, TEXTOID, TEXTOID, INT4OID});
+	Datum		args[6];
+	char		nulls[7] = "      ";
+
+	row_arrays(rows, n, &args[0], &args[1]);
+	args[2] = Int32GetDatum(why->http_status);
+	nulls[2] = why->http_status == 0 ? 'n' : ' ';
+	args[3] = CStringGetTextDatum(why->error);
+	nulls[4] = why->response == NULL ? 'n' : ' ';
+	args[4] = why->response ? CStringGetTextDatum(why->response) : (Datum) 0;
+	args[5] = Int32GetDatum(why->attempts);
+	return sql_execute(&statement, args, nulls, false);
+}
+
+bool
+queue_has_rows(const char *server, bool bulk_only)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"SELECT FROM @.userpilot_queue WHERE server = $1 AND (bulk OR NOT $2) LIMIT 1",
+		2, {TEXTOID, BOOLOID});
+	Datum		args[2] = {CStringGetTextDatum(server), BoolGetDatum(bulk_only)};
+
+	return sql_execute(&statement, args, NULL, true) > 0;
+}
+
+/*
+ * A prepared transaction keeps its locks but has no process.  Nobody tells
+ * the worker when it is decided, so it has to keep looking.
+ */
+bool
+queue_prepared_pending(void)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"SELECT FROM pg_catalog.pg_locks WHERE pid IS NULL AND locktype = 'relation'"
+		" AND relation = $1 AND mode = 'RowExclusiveLock' AND granted"
+		" AND database = (SELECT oid FROM pg_catalog.pg_database"
+		"  WHERE datname = pg_catalog.current_database()) LIMIT 1", 1, {OIDOID});
+	Datum		args[1] = {ObjectIdGetDatum(queue_relid("userpilot_queue"))};
+
+	return sql_execute(&statement, args, NULL, true) > 0;
+}
+
+/* Run in people's sessions: operators are named in full */
+bool
+queue_pending_before(Datum snapshot)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"SELECT FROM @.userpilot_queue WHERE pg_catalog.pg_visible_in_snapshot(xid, $1) LIMIT 1",
+		1, {PG_SNAPSHOTOID});
+	Datum		args[1] = {snapshot};
+
+	return sql_execute(&statement, args, NULL, false) > 0;
+}

@@ -1,0 +1,57 @@
+/*
+ * queue_table.h
+ *	  What the files of the queue module share about its tables.
+ */
+#ifndef USERPILOT_QUEUE_TABLE_H
+#define USERPILOT_QUEUE_TABLE_H
+
+#include "access/htup.h"
+#include "access/xlogdefs.h"
+#include "datatype/timestamp.h"
+#include "executor/tuptable.h"
+#include "utils/relcache.h"
+
+#include "queue.h"
+
+enum
+{
+	QUEUE_LSN,
+	QUEUE_XID,
+	QUEUE_AT,
+	QUEUE_BATCH,
+	QUEUE_BULK,
+	QUEUE_SERVER,
+	QUEUE_KIND,
+	QUEUE_ENTITY,
+	QUEUE_COMPANY,
+	QUEUE_METADATA,
+	QUEUE_NCOLUMNS
+};
+
+/* An extension table's Oid by name; raises if it is missing */
+extern Oid	queue_relid(const char *name);
+
+/* Raises unless the queue has exactly the columns this library knows */
+extern void queue_check_shape(Relation rel);
+
+extern text *queue_kind_text(UserpilotKind kind);
+
+/* Notes in the transaction that it queues; raises where it must not */
+extern void queue_begin(const char *command);
+
+/* batch 0: a direct change */
+extern HeapTuple queue_form_row(TupleDesc desc, const QueueChange *change,
+								XLogRecPtr lsn, TimestampTz at, int64 batch,
+								bool bulk);
+
+/* The queue's row type, opened for this transaction */
+extern TupleDesc queue_descriptor(void);
+extern void queue_insert_slots(TupleTableSlot **slots, int n);
+
+/* queue_batch.c, at the transaction's ends */
+extern void queue_batches_record(void);
+extern void queue_batches_forget(void);
+extern void queue_batches_subtransaction(bool commit, SubTransactionId me,
+										 SubTransactionId parent);
+
+#endif

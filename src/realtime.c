@@ -1,0 +1,608 @@
+/*
+ * realtime.c
+ *	  The real-time lane: look, wave, calls, answers.
+ *
+ * What a look finds waits here entity by entity.  A wave reads the profiles
+ * of as many as may go, merges, and marks in one durable commit; the calls
+ * start after it.  Answers are learnt in groups.  An entity is in flight once
+ * at most: its newer rows wait for the answer.
+ */
+#include "postgres.h"
+
+#include "utils/datum.h"
+#include "utils/memutils.h"
+
+#include "api.h"
+#include "clock.h"
+#include "history.h"
+#include "payload.h"
+#include "sender.h"
+
+/* Rows kept in memory; past them the bulk lane takes over */
+#define MAX_ROWS 20000
+
+/* Marked entities per connection: enough to keep each busy over a commit */
+#define READY_PER_CONNECTION 4
+
+/* An entity held by a job is looked at again after so long (API ms) */
+#define HELD_MS 1000
+
+void
+realtime_init(Sender *sender)
+{
+	Realtime   *rt = &sender->rt;
+
+	rt->context = AllocSetContextCreate(sender->context, "userpilot real time",
+										ALLOCSET_DEFAULT_SIZES);
+	rt->pending = entities_create(rt->context, 256, NULL);
+	dlist_init(&rt->waiting);
+	dlist_init(&rt->ready);
+	dlist_init(&rt->calling);
+	rt->look_due = true;
+}
+
+/* -------------------------------------------------------------- pending */
+
+static Pending *
+pending_find(const Realtime *rt, EntityKey key)
+{
+	EntityEntry *entry = entities_lookup(rt->pending, key);
+
+	return entry ? entry->data : NULL;
+}
+
+static Pending *
+pending_create(Realtime *rt, EntityKey key)
+{
+	MemoryContext context = AllocSetContextCreate(rt->context, "userpilot entity",
+												  ALLOCSET_SMALL_SIZES);
+	Pending    *pending = MemoryContextAllocZero(context, sizeof(Pending));
+	EntityEntry *entry;
+	bool		found;
+	char	   *id = MemoryContextAlloc(context, key.len + 1);
+
+	memcpy(id, key.id, key.len);
+	id[key.len] = '\0';
+	pending->key = key;
+	pending->key.id = id;
+	pending->context = context;
+	pending->maxrows = 4;
+	pending->rows = MemoryContextAlloc(context, pending->maxrows * sizeof(QueueRow *));
+	entry = entities_insert(rt->pending, pending->key, &found);
+	Assert(!found);
+	entry->data = pending;
+	dlist_push_tail(&rt->waiting, &pending->node);
+	return pending;
+}
+
+static void
+pending_free(Realtime *rt, Pending *pending)
+{
+	dlist_delete(&pending->node);
+	entities_delete(rt->pending, pending->key);
+	rt->rows -= pending->nrows;
+	rt->solos -= pending->solo;
+	MemoryContextDelete(pending->context);
+}
+
+static bool
+pending_has(const Pending *pending, const QueueRow *row)
+{
+	for (int i = 0; i < pending->nrows; i++)
+	{
+		if (ItemPointerEquals(&pending->rows[i]->tid, (ItemPointer) &row->tid) &&
+			pending->rows[i]->lsn == row->lsn)
+			return true;
+	}
+	return false;
+}
+
+static Pending *
+pending_add(Realtime *rt, const QueueRow *row)
+{
+	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
+	Pending    *pending = pending_find(rt, key);
+	MemoryContext old;
+
+	if (pending == NULL)
+		pending = pending_create(rt, key);
+	else if (rt->snapshot == 0 && pending_has(pending, row))
+		return pending;			/* a look at all met one that had stayed */
+
+	old = MemoryContextSwitchTo(pending->context);
+	if (pending->nrows == pending->maxrows)
+	{
+		pending->maxrows *= 2;
+		pending->rows = repalloc(pending->rows, pending->maxrows * sizeof(QueueRow *));
+	}
+	pending->rows[pending->nrows++] = queue_row_copy(row);
+	MemoryContextSwitchTo(old);
+	rt->rows++;
+	return pending;
+}
+
+/* Its body is no longer under way: back to waiting, what was sent unknown */
+static void
+pending_wait(Realtime *rt, Pending *pending, int64 not_before)
+{
+	if (pending->merge_context)
+		MemoryContextDelete(pending->merge_context);
+	pending->merge_context = NULL;
+	pending->state = PENDING_WAITING;
+	pending->nsent = 0;
+	pending->not_before = not_before;
+	dlist_delete(&pending->node);
+	dlist_push_tail(&rt->waiting, &pending->node);
+}
+
+/* The first nsent rows are done with */
+static void
+pending_drop_sent(Realtime *rt, Pending *pending)
+{
+	int			left = pending->nrows - pending->nsent;
+
+	if (left == 0)
+	{
+		pending_free(rt, pending);
+		return;
+	}
+	memmove(pending->rows, pending->rows + pending->nsent, left * sizeof(QueueRow *));
+	rt->rows -= pending->nsent;
+	pending->nrows = left;
+	pending_wait(rt, pending, 0);
+}
+
+bool
+realtime_in_flight(const Sender *sender, EntityKey key)
+{
+	const Pending *pending = pending_find(&sender->rt, key);
+
+	return pending != NULL && (pending->state != PENDING_WAITING || pending->solo);
+}
+
+/* An entity of a dissolved job, with every row it has */
+void
+realtime_add_solo(Sender *sender, QueueRow **rows, int n)
+{
+	Realtime   *rt = &sender->rt;
+
+	for (int i = 0; i < n; i++)
+	{
+		Pending    *pending = pending_add(rt, rows[i]);
+
+		rt->solos += !pending->solo;
+		pending->solo = true;
+	}
+}
+
+/* ------------------------------------------------------------- the look */
+
+/* Forget what waits and read all: rows came back that no look can see */
+void
+realtime_reset_look(Sender *sender)
+{
+	Realtime   *rt = &sender->rt;
+	dlist_mutable_iter iter;
+
+	dlist_foreach_modify(iter, &rt->waiting)
+	{
+		Pending    *pending = dlist_container(Pending, node, iter.cur);
+
+		if (!pending->solo)
+			pending_free(rt, pending);
+	}
+	rt->snapshot = (Datum) 0;
+	rt->overflow = false;
+	rt->look_due = true;
+}
+
+static void
+look_row(const QueueRow *row, void *arg)
+{
+	Realtime   *rt = arg;
+
+	if (rt->rows >= MAX_ROWS)
+		rt->overflow = true;
+	else
+		(void) pending_add(rt, row);
+}
+
+/* Returns whether there was anything new */
+bool
+realtime_look(Sender *sender)
+{
+	Realtime   *rt = &sender->rt;
+	Datum		snapshot = rt->snapshot;
+	int			n;
+
+	rt->look_due = false;
+	n = queue_look(sender->env->server, &snapshot, MAX_ROWS + 1, look_row, rt);
+
+	if (rt->snapshot)
+		pfree(DatumGetPointer(rt->snapshot));
+	{
+		MemoryContext old = MemoryContextSwitchTo(rt->context);
+
+		rt->snapshot = datumCopy(snapshot, false, -1);
+		MemoryContextSwitchTo(old);
+	}
+	if (rt->overflow)
+		sender->bulk.dirty = true;
+	return n > 0;
+}
+
+/* ------------------------------------------------------------- the wave */
+
+/* How many entities may be made ready now */
+static int
+wave_room(const Sender *sender, int64 now)
+{
+	const Realtime *rt = &sender->rt;
+	int			room;
+
+	if (!sender_may_send(sender) || now < rt->lane.not_before)
+		return 0;
+	room = sender->env->connections * READY_PER_CONNECTION - rt->nready - rt->ncalling;
+	/* an open circuit lets one probe through at a time */
+	if (rt->lane.outages > 0 || rt->lane.throttled > 0 || sender->paused)
+		room = rt->nready + rt->ncalling > 0 ? 0 : 1;
+	return Max(room, 0);
+}
+
+bool
+realtime_wave_due(const Sender *sender, int64 now)
+{
+	const Realtime *rt = &sender->rt;
+
+	return wave_room(sender, now) > 0 && !dlist_is_empty((dlist_head *) &rt->waiting) &&
+		now >= rt->due_at;
+}
+
+/* Takes up to max entities that may go out of waiting */
+static int
+choose(Sender *sender, Pending **chosen, int max, int64 now)
+{
+	Realtime   *rt = &sender->rt;
+	dlist_mutable_iter iter;
+	int64		due_at = PG_INT64_MAX;
+	int			n = 0;
+
+	dlist_foreach_modify(iter, &rt->waiting)
+	{
+		Pending    *pending = dlist_container(Pending, node, iter.cur);
+
+		if (n == max)
+		{
+			due_at = now;
+			break;
+		}
+		if (pending->not_before <= now && bulk_holds(sender, pending->key))
+			pending->not_before = now + HELD_MS;
+		if (pending->not_before > now)
+			due_at = Min(due_at, pending->not_before);
+		else
+			chosen[n++] = pending;
+	}
+	rt->due_at = due_at == PG_INT64_MAX ? 0 : due_at;
+	return n;
+}
+
+/* Reads the profiles of one kind's chosen entities and merges */
+static void
+merge_chosen(Sender *sender, Pending **chosen, int n, UserpilotKind kind)
+{
+	Profile   **profiles = palloc(Max(n, 1) * sizeof(Profile *));
+	int			nprofiles = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		Pending    *p = chosen[i];
+		MemoryContext old;
+
+		if (p->key.kind != kind)
+			continue;
+		p->merge_context = AllocSetContextCreate(p->context, "userpilot merge",
+												 ALLOCSET_SMALL_SIZES);
+		old = MemoryContextSwitchTo(p->merge_context);
+		memset(&p->profile, 0, sizeof(p->profile));
+		p->profile.key = p->key;
+		p->profile.context = p->merge_context;
+		p->profile.merge = merge_begin(&sender->bulk.batches);
+		for (int r = 0; r < p->nrows; r++)
+			queue_fold(p->profile.merge, &sender->bulk.batches, p->rows[r]);
+		MemoryContextSwitchTo(old);
+		p->nsent = p->nrows;
+		profiles[nprofiles++] = &p->profile;
+	}
+	profiles_read(sender->env->server, profiles, nprofiles);
+}
+
+/* Deletes the sent rows of entities */
+static void
+delete_sent(Pending **done, int n)
+{
+	int			total = 0;
+	QueueRow   *rows;
+
+	for (int i = 0; i < n; i++)
+		total += done[i]->nsent;
+	rows = palloc(Max(total, 1) * sizeof(QueueRow));
+	total = 0;
+	for (int i = 0; i < n; i++)
+		for (int r = 0; r < done[i]->nsent; r++)
+			rows[total++] = *done[i]->rows[r];
+	(void) queue_delete(rows, total);
+}
+
+/* profiles_write takes one kind at a time */
+static void
+write_profiles(Sender *sender, Pending **pending, int n, ProfileStep step)
+{
+	Profile   **profiles = palloc(Max(n, 1) * sizeof(Profile *));
+
+	for (int kind = 0; kind < USERPILOT_KINDS; kind++)
+	{
+		int			count = 0;
+
+		for (int i = 0; i < n; i++)
+			if ((int) pending[i]->key.kind == kind)
+				profiles[count++] = &pending[i]->profile;
+		profiles_write(sender->env->server, profiles, count, step);
+	}
+}
+
+static void
+make_ready(Realtime *rt, Pending *pending)
+{
+	StringInfoData body;
+	int			len;
+	MemoryContext old = MemoryContextSwitchTo(pending->merge_context);
+
+	initStringInfo(&body);
+	payload_single(&body, pending->key.kind, pending->key.id, pending->key.len,
+				   pending->profile.merge);
+	pending->body.data = payload_utf8(body.data, body.len, &len);
+	pending->body.len = len;
+	merge_mark(pending->profile.merge);
+	MemoryContextSwitchTo(old);
+
+	pending->profile.attempts++;
+	pending->profile.job = 0;
+	pending->state = PENDING_READY;
+	dlist_delete(&pending->node);
+	dlist_push_tail(&rt->ready, &pending->node);
+	rt->nready++;
+}
+
+/*
+ * Marks the next entities; those Userpilot already has are done at once.
+ * Returns whether anything was marked, so that the commit must be durable.
+ */
+bool
+realtime_wave(Sender *sender, int64 now)
+{
+	Realtime   *rt = &sender->rt;
+	int			room = wave_room(sender, now);
+	Pending   **chosen = palloc(Max(room, 1) * sizeof(Pending *));
+	Pending   **nothing = palloc(Max(room, 1) * sizeof(Pending *));
+	Pending   **marked = palloc(Max(room, 1) * sizeof(Pending *));
+	int			n = choose(sender, chosen, room, now);
+	int			nnothing = 0;
+	int			nmarked = 0;
+
+	for (int kind = 0; kind < USERPILOT_KINDS; kind++)
+		merge_chosen(sender, chosen, n, kind);
+	for (int i = 0; i < n; i++)
+	{
+		MemoryContext old = MemoryContextSwitchTo(chosen[i]->merge_context);
+
+		if (merge_finish(chosen[i]->profile.merge) == 0 && chosen[i]->profile.exists)
+		{
+			merge_mark(chosen[i]->profile.merge);
+			nothing[nnothing++] = chosen[i];
+		}
+		else
+			marked[nmarked++] = chosen[i];
+		MemoryContextSwitchTo(old);
+	}
+	for (int i = 0; i < nmarked; i++)
+		make_ready(rt, marked[i]);
+
+	write_profiles(sender, nothing, nnothing, PROFILE_RAISED);
+	write_profiles(sender, marked, nmarked, PROFILE_MARKED);
+	delete_sent(nothing, nnothing);
+	for (int i = 0; i < nnothing; i++)
+		pending_drop_sent(rt, nothing[i]);
+	return nmarked > 0;
+}
+
+/* Starts calls of what is ready, as connections and the limit allow */
+void
+realtime_start(Sender *sender, int64 now)
+{
+	Realtime   *rt = &sender->rt;
+	int			wanted = Min(rt->nready, sender->env->connections - rt->ncalling);
+	int64		wait_until;
+	int			granted;
+
+	if (wanted <= 0 || now < rt->lane.not_before)
+		return;
+	granted = state_calls_take(sender->env->fingerprint, sender->env->requests_per_minute,
+							   wanted, now, &wait_until);
+	if (granted == 0)
+		rt->lane.not_before = Max(rt->lane.not_before, wait_until);
+
+	for (int i = 0; i < granted; i++)
+	{
+		Pending    *pending = dlist_container(Pending, node, dlist_pop_head_node(&rt->ready));
+		Call	   *call = MemoryContextAlloc(pending->merge_context, sizeof(Call));
+		const char *error;
+
+		rt->nready--;
+		rt->ncalling++;
+		call->sender = sender;
+		call->pending = pending;
+		pending->state = PENDING_CALLING;
+		pending->started_at = now;
+		dlist_push_tail(&rt->calling, &pending->node);
+		if (api_identify(sender->http, &sender->env->target, pending->key.kind,
+						 &pending->body, call, &error))
+			continue;
+
+		/* it never left: as if the network had refused it */
+		state_calls_ended(sender->env->fingerprint, 1, now);
+		rt->ncalling--;
+		sender_error(sender, error);
+		pending_wait(rt, pending, now + delivery_entity_backoff(1, 1.0));
+	}
+}
+
+/* ---------------------------------------------------------- the answers */
+
+/* Everything ready goes back: the circuit has opened */
+static void
+withdraw_ready(Sender *sender)
+{
+	Realtime   *rt = &sender->rt;
+	Profile    *profile;
+
+	while (!dlist_is_empty(&rt->ready))
+	{
+		Pending    *pending = dlist_head_element(Pending, node, &rt->ready);
+
+		profile = &pending->profile;
+		profile->attempts--;
+		profiles_set_attempts(sender->env->server, &profile, 1);
+		rt->nready--;
+		pending_wait(rt, pending, 0);
+	}
+}
+
+static void
+bury(Sender *sender, Pending *pending, const HttpResult *result, const char *error)
+{
+	QueueFailure why = {
+		.http_status = result->status,
+		.error = error,
+		.response = result->body_len > 0 ? sender_error_text(result) : NULL,
+		.attempts = pending->profile.attempts
+	};
+	QueueRow   *rows = palloc(pending->nsent * sizeof(QueueRow));
+
+	for (int r = 0; r < pending->nsent; r++)
+		rows[r] = *pending->rows[r];
+	(void) queue_bury(rows, pending->nsent, &why);
+	ereport(LOG,
+			(errmsg("userpilot: %s \"%s\" went to userpilot_dead_letters: %s",
+					userpilot_kind_name(pending->key.kind), pending->key.id, error)));
+}
+
+/* One answer; entities to learn are collected in learned */
+static void
+answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
+		 Pending **learned, int *nlearned)
+{
+	Realtime   *rt = &sender->rt;
+	DeliveryAnswer answer = sender_answer(sender, DELIVERY_IDENTIFY, result);
+	DeliveryDecision decision;
+	const char *error = NULL;
+	Profile    *profile = &pending->profile;
+	MemoryContext old;
+	HistoryCall call = {
+		.server = sender->env->server,
+		.method = "POST",
+		.path = api_identify_path(pending->key.kind),
+		.kind = pending->key.kind,
+		.entity_id = pending->key.id,
+		.entity_len = pending->key.len
+	};
+
+	answer.records = 1;
+	answer.attempts = profile->attempts;
+	answer.others_succeed = rt->lane.last_success >
+		(pending->failed_at ? pending->failed_at : pending->started_at);
+	decision = delivery_decide(&answer);
+	if (decision.action != DELIVERY_LEARN)
+		error = sender_error_text(result);
+	call.outcome = delivery_action_name(decision.action);
+	call.error = error;
+	history_call(&call, result);
+
+	lane_apply(sender, &rt->lane, &decision, now, error);
+	if (!decision.counts && decision.action != DELIVERY_LEARN && decision.action != DELIVERY_DEAD)
+	{
+		profile->attempts--;
+		profiles_set_attempts(sender->env->server, &profile, 1);
+	}
+
+	switch (decision.action)
+	{
+		case DELIVERY_LEARN:
+			old = MemoryContextSwitchTo(pending->merge_context);
+			merge_learn(profile->merge);
+			MemoryContextSwitchTo(old);
+			profile->attempts = 0;
+			pending->failed_at = 0;
+			learned[(*nlearned)++] = pending;
+			break;
+		case DELIVERY_DEAD:
+			bury(sender, pending, result, error);
+			pending_drop_sent(rt, pending);
+			break;
+		case DELIVERY_BACKOFF:
+			pending->failed_at = now;
+			pending_wait(rt, pending, now + delivery_entity_backoff(profile->attempts,
+																	sender_random()));
+			break;
+		case DELIVERY_THROTTLE:
+		case DELIVERY_OUTAGE:
+		case DELIVERY_PAUSE:
+		case DELIVERY_CONFLICT:
+		case DELIVERY_SHRINK:
+		case DELIVERY_DISSOLVE:
+		case DELIVERY_UNKNOWN:
+			pending->failed_at = now;
+			pending_wait(rt, pending, 0);
+			break;
+	}
+	rt->due_at = 0;
+}
+
+void
+realtime_answered(Sender *sender, HttpResult **results, int n, int64 now)
+{
+	Realtime   *rt = &sender->rt;
+	Pending   **learned = palloc(Max(n, 1) * sizeof(Pending *));
+	int			nlearned = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		Pending    *pending = ((Call *) results[i]->owner)->pending;
+
+		rt->ncalling--;
+		answered(sender, pending, results[i], now, learned, &nlearned);
+	}
+	state_calls_ended(sender->env->fingerprint, n, now);
+	write_profiles(sender, learned, nlearned, PROFILE_LEARNED);
+	delete_sent(learned, nlearned);
+	for (int i = 0; i < nlearned; i++)
+		pending_drop_sent(rt, learned[i]);
+	sender_delivered(sender, nlearned);
+	if (rt->lane.outages > 0 || sender->paused)
+		withdraw_ready(sender);
+	if (rt->overflow && rt->rows < MAX_ROWS / 2)
+		realtime_reset_look(sender);
+}
+
+/* When the lane wants to act next, given nothing new; INT64_MAX: never */
+int64
+realtime_next_at(const Sender *sender, int64 now)
+{
+	const Realtime *rt = &sender->rt;
+
+	if (rt->nready > 0 && rt->ncalling < sender->env->connections)
+		return rt->lane.not_before;
+	if (dlist_is_empty((dlist_head *) &rt->waiting) || rt->ncalling > 0)
+		return PG_INT64_MAX;
+	return Max(rt->lane.not_before, rt->due_at);
+}

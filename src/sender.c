@@ -1,0 +1,316 @@
+/*
+ * sender.c
+ *	  One server as the worker serves it: environment, circuit, progress.
+ */
+#include "postgres.h"
+
+#include "common/pg_prng.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "api.h"
+#include "clock.h"
+#include "history.h"
+#include "sender.h"
+
+/* A paused server is probed so rarely (API ms) */
+#define PAUSED_PROBE_MS (15 * 60 * 1000)
+
+/* Progress is written at most so often (real ms), unless the state changes */
+#define REPORT_MS 1000
+
+/* ... and while nothing can be sent it is looked at again so often (real ms) */
+#define RELOAD_MS 1000
+
+Sender *
+sender_create(MemoryContext parent, Oid serverid, Http *http)
+{
+	MemoryContext context = AllocSetContextCreate(parent, "userpilot sender",
+												  ALLOCSET_DEFAULT_SIZES);
+	Sender	   *sender = MemoryContextAllocZero(context, sizeof(Sender));
+
+	sender->context = context;
+	sender->serverid = serverid;
+	sender->http = http;
+	sender->env_context = AllocSetContextCreate(context, "userpilot environment",
+												ALLOCSET_SMALL_SIZES);
+	realtime_init(sender);
+	bulk_init(sender);
+	return sender;
+}
+
+void
+sender_destroy(Sender *sender)
+{
+	MemoryContextDelete(sender->context);
+}
+
+/*
+ * Calls in flight hold copies of what they need, so the old environment can
+ * go.  A paused server comes back when endpoint or key have changed.
+ */
+bool
+sender_reload(Sender *sender)
+{
+	MemoryContext context = AllocSetContextCreate(sender->context, "userpilot environment",
+												  ALLOCSET_SMALL_SIZES);
+	MemoryContext old = MemoryContextSwitchTo(context);
+	Environment *env = environment_load(sender->serverid);
+
+	MemoryContextSwitchTo(old);
+	if (env == NULL)
+	{
+		MemoryContextDelete(context);
+		return false;
+	}
+	if (sender->paused && env->problem == NULL && env->fingerprint != sender->paused_fingerprint)
+	{
+		sender->paused = false;
+		sender->rt.lane.not_before = sender->bulk.lane.not_before = 0;
+		ereport(LOG, (errmsg("userpilot: server \"%s\" resumes: its key or endpoint has changed",
+							 env->server)));
+	}
+	MemoryContextDelete(sender->env_context);
+	sender->env_context = context;
+	sender->env = env;
+	sender->env_loaded_at = clock_now();
+	return true;
+}
+
+bool
+sender_may_send(const Sender *sender)
+{
+	if (sender->stale || sender->env == NULL || sender->env->problem != NULL)
+		return false;
+	return !sender->paused || clock_now() >= sender->paused_probe_at;
+}
+
+void
+sender_paused(Sender *sender, const char *reason)
+{
+	if (!sender->paused)
+		ereport(LOG,
+				(errmsg("userpilot: server \"%s\" is paused: %s", sender->env->server, reason),
+				 errhint("Use the API key of the right region, not the App Token; delivery resumes when user mapping or key file change.")));
+	sender->paused = true;
+	sender->paused_fingerprint = sender->env->fingerprint;
+	sender->paused_probe_at = clock_now() + PAUSED_PROBE_MS;
+	strlcpy(sender->pause_reason, reason, sizeof(sender->pause_reason));
+}
+
+void
+sender_error(Sender *sender, const char *error)
+{
+	strlcpy(sender->last_error, error, sizeof(sender->last_error));
+	sender->error_is_new = true;
+}
+
+void
+sender_delivered(Sender *sender, int64 records)
+{
+	sender->delivered += records;
+	if (records > 0)
+		state_worker_progress();
+}
+
+double
+sender_random(void)
+{
+	return pg_prng_double(&pg_global_prng_state);
+}
+
+char *
+sender_error_text(const HttpResult *result)
+{
+	return api_error_text(result);
+}
+
+/* An answer's body as it may stand in a table: text, at most 8 kB */
+char *
+sender_answer_text(const HttpResult *result)
+{
+	return api_body_text(result, 8192);
+}
+
+/* ----------------------------------------------------------- the circuit */
+
+void
+lane_succeeded(Lane *lane, int64 now)
+{
+	lane->last_success = now;
+	lane->throttled = 0;
+	lane->outages = 0;
+}
+
+/* What a decision means for the lane as a whole */
+void
+lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
+		   int64 now, const char *error)
+{
+	if (error != NULL)
+		sender_error(sender, error);
+	switch (decision->action)
+	{
+		case DELIVERY_LEARN:
+			lane_succeeded(lane, now);
+			if (sender->paused)
+				ereport(LOG, (errmsg("userpilot: server \"%s\" resumes", sender->env->server)));
+			sender->paused = false;
+			break;
+		case DELIVERY_THROTTLE:
+			lane->throttled++;
+			lane->not_before = now + (decision->wait_given ? decision->wait_ms :
+									  delivery_throttle_backoff(lane->throttled, sender_random()));
+			break;
+		case DELIVERY_OUTAGE:
+			/* answers of calls made before the circuit opened say no more */
+			if (now >= lane->not_before)
+				lane->outages++;
+			lane->not_before = Max(lane->not_before,
+								   now + delivery_outage_backoff(lane->outages, sender_random()));
+			break;
+		case DELIVERY_PAUSE:
+			sender_paused(sender, error);
+			break;
+		case DELIVERY_BACKOFF:
+		case DELIVERY_DEAD:
+		case DELIVERY_CONFLICT:
+		case DELIVERY_SHRINK:
+		case DELIVERY_DISSOLVE:
+		case DELIVERY_UNKNOWN:
+			/* the API answers: the lane is alive, if not well */
+			if (decision->action == DELIVERY_DEAD)
+				lane->outages = 0;
+			break;
+	}
+}
+
+DeliveryAnswer
+sender_answer(const Sender *sender, DeliveryCall call, const HttpResult *result)
+{
+	DeliveryAnswer answer = {0};
+
+	answer.call = call;
+	answer.status = result->status;
+	answer.retry_after = result->retry_after;
+	answer.understood = true;
+	answer.max_attempts = sender->env->max_attempts;
+	switch (result->outcome)
+	{
+		case HTTP_ANSWERED:
+			answer.transport = DELIVERY_ANSWERED;
+			break;
+		case HTTP_NOT_SENT:
+			answer.transport = DELIVERY_NOT_SENT;
+			break;
+		case HTTP_LOST:
+			answer.transport = DELIVERY_LOST;
+			break;
+	}
+	return answer;
+}
+
+/* -------------------------------------------------------------- schedule */
+
+bool
+sender_has_work(const Sender *sender)
+{
+	return sender->rt.pending->members > 0 || sender->rt.overflow ||
+		bulk_busy(sender);
+}
+
+/* When to act next if nothing happens, in API ms */
+int64
+sender_next_at(const Sender *sender, int64 now)
+{
+	int64		at = Min(realtime_next_at(sender, now), bulk_next_at(sender, now));
+
+	/* a new key may come while nothing can be sent */
+	if (!sender_may_send(sender))
+		at = now + clock_api_ms(RELOAD_MS);
+	return at;
+}
+
+/* -------------------------------------------------------------- progress */
+
+static const char *
+sender_state(const Sender *sender)
+{
+	if (sender->paused || (sender->env->problem != NULL))
+		return "paused";
+	if (sender->rt.lane.outages > 0 || sender->bulk.lane.outages > 0)
+		return "outage";
+	if (sender->bulk.waiting_for_slot && sender->rt.pending->members == 0)
+		return "waiting for the slot";
+	return sender_has_work(sender) ? "sending" : "idle";
+}
+
+static const char *
+sender_advice(const Sender *sender)
+{
+	if (sender->env->problem != NULL)
+		return sender->env->problem_hint ?
+			psprintf("%s; %s", sender->env->problem, sender->env->problem_hint) : sender->env->problem;
+	if (sender->paused)
+		return psprintf("%s; check the API key and the region, then change the user mapping or the key file: delivery resumes by itself",
+						sender->pause_reason);
+	if (sender->rt.lane.outages > 0 || sender->bulk.lane.outages > 0)
+		return "Userpilot does not answer; everything stays queued and delivery resumes by itself";
+	if (sender->bulk.waiting_for_slot)
+		return "another job runs at Userpilot (a dashboard import or another client); bulk delivery goes on when it ends";
+	return NULL;
+}
+
+static void
+note_backlog(Sender *sender)
+{
+	if (!sender_has_work(sender))
+	{
+		sender->delivered = 0;
+		sender->delivering_since = 0;
+		memset(sender->counted, 0, sizeof(sender->counted));
+		sender->oldest = 0;
+	}
+	else if (sender->delivering_since == 0)
+	{
+		sender->delivering_since = GetCurrentTimestamp();
+		sender->delivering_since_ms = clock_now();
+	}
+}
+
+static double
+per_minute(const Sender *sender, int64 now)
+{
+	int64		ms = now - sender->delivering_since_ms;
+	int64		records = sender->delivered + Max(sender->bulk.last_completed, 0);
+
+	if (sender->delivering_since == 0 || ms < 1000 || records == 0)
+		return 0;
+	return records * 60000.0 / ms;
+}
+
+void
+sender_report(Sender *sender, int64 now, bool force)
+{
+	HistoryProgress p = {0};
+	const char *state = sender_state(sender);
+	int64		since = clock_real_ms(now - sender->reported_at);
+
+	if (!force && since < REPORT_MS && strcmp(state, sender->reported_state) == 0 &&
+		!sender->error_is_new)
+		return;
+
+	note_backlog(sender);
+	p.state = state;
+	memcpy(p.rows, sender->counted, sizeof(p.rows));
+	p.oldest = sender->oldest;
+	p.delivered = sender->delivered;
+	p.since = sender->delivering_since;
+	p.per_minute = per_minute(sender, now);
+	p.advice = sender_advice(sender);
+	p.last_error = sender->error_is_new ? sender->last_error : NULL;
+	history_progress(sender->env->server, &p);
+	sender->error_is_new = false;
+	sender->reported_at = now;
+	strlcpy(sender->reported_state, state, sizeof(sender->reported_state));
+}

@@ -1,0 +1,204 @@
+/*
+ * sender.h
+ *	  One server as the worker serves it: its environment, its two lanes and
+ *	  what is said of it in userpilot_progress.
+ *
+ * Functions named …_answered, …_look, …_wave and so on run inside one of the
+ * worker's transactions; …_start only after it has committed, because no body
+ * leaves before its mark is durable.
+ */
+#ifndef USERPILOT_SENDER_H
+#define USERPILOT_SENDER_H
+
+#include "lib/ilist.h"
+#include "storage/block.h"
+
+#include "delivery.h"
+#include "entities.h"
+#include "environment.h"
+#include "http.h"
+#include "jobs.h"
+#include "profiles.h"
+#include "queue.h"
+#include "state.h"
+
+/* Pace and circuit of one lane; times in API ms */
+typedef struct Lane
+{
+	int64		not_before;		/* nothing starts before */
+	int64		last_success;
+	int			throttled;		/* refusals for going too fast, in a row */
+	int			outages;		/* failed probes in a row; 0: circuit closed */
+} Lane;
+
+/* An entity waiting in, or travelling through, the real-time lane */
+typedef enum PendingState
+{
+	PENDING_WAITING,
+	PENDING_READY,				/* marked; goes when a connection is free */
+	PENDING_CALLING
+} PendingState;
+
+typedef struct Pending
+{
+	EntityKey	key;
+	MemoryContext context;		/* of this and all it points to */
+	dlist_node	node;			/* in waiting, ready or calling */
+	PendingState state;
+	bool		solo;			/* record of a dissolved job */
+	QueueRow  **rows;
+	int			nrows;
+	int			maxrows;
+	int			nsent;			/* first rows, covered by the body under way */
+	int64		not_before;
+	int64		failed_at;
+	int64		started_at;
+	MemoryContext merge_context;
+	Profile		profile;
+	HttpPiece	body;
+} Pending;
+
+typedef struct Realtime
+{
+	Lane		lane;
+	MemoryContext context;
+	entities_hash *pending;
+	dlist_head	waiting;
+	dlist_head	ready;
+	dlist_head	calling;
+	int			nready;
+	int			ncalling;
+	int			rows;			/* of all pending entities */
+	int			solos;
+	Datum		snapshot;		/* of the last look, 0: none yet */
+	bool		overflow;		/* more is queued than fits */
+	bool		look_due;
+	int64		due_at;			/* earliest not_before that was skipped */
+} Realtime;
+
+/* What a call is for; the owner of its result */
+typedef struct Call
+{
+	struct Sender *sender;
+	Pending    *pending;		/* NULL: the bulk lane's */
+} Call;
+
+typedef enum BulkState
+{
+	BULK_IDLE,
+	BULK_ASK,					/* is the slot free? */
+	BULK_PREPARE,				/* it is: make a job of what is queued */
+	BULK_SUBMIT,				/* the job is prepared or refused for a while */
+	BULK_RUNNING,				/* accepted: poll */
+	BULK_UNKNOWN				/* did it arrive? */
+} BulkState;
+
+typedef struct Bulk
+{
+	Lane		lane;
+	MemoryContext context;
+	BulkState	state;
+	bool		calling;
+	MemoryContext job_context;	/* of job and flying */
+	MemoryContext body_context;
+	HttpPiece  *body;
+	int			npieces;
+	Call		call;			/* the one under way */
+	Job			job;
+	entities_hash *flying;		/* entities of the job; NULL: no job */
+	entities_hash *done;		/* ... of jobs acknowledged, rows to be swept */
+	entities_hash *solo;		/* ... of dissolved jobs */
+	BlockNumber position;		/* the next sweep begins here */
+	bool		dirty;			/* something may be there to sweep */
+	int			record_limit;	/* halved by 413, doubled by success */
+	int64		next_at;
+	int64		since;			/* submitted, or waiting for the slot */
+	int64		unknown_looks;	/* lists seen without the job, in a row */
+	bool		waiting_for_slot;
+	MemoryContext done_context;
+	MemoryContext solo_context;
+	MemoryContext batches_context;
+	MergeBatches batches;
+	int64		call_started;
+	int			last_completed; /* records of the running job, as polled */
+} Bulk;
+
+typedef struct Sender
+{
+	MemoryContext context;
+	Oid			serverid;
+	MemoryContext env_context;
+	Environment *env;
+	int64		env_loaded_at;
+	bool		stale;			/* no longer enabled: drop when idle */
+	Http	   *http;
+	bool		paused;			/* key refused */
+	uint64		paused_fingerprint;
+	int64		paused_probe_at;
+	Realtime	rt;
+	Bulk		bulk;
+
+	/* for userpilot_progress */
+	int64		counted[USERPILOT_KINDS][2];
+	TimestampTz oldest;
+	int64		delivered;
+	TimestampTz delivering_since;
+	int64		delivering_since_ms;
+	char		last_error[512];
+	bool		error_is_new;
+	char		pause_reason[512];
+	int64		reported_at;
+	char		reported_state[32];
+} Sender;
+
+/* sender.c */
+extern Sender *sender_create(MemoryContext parent, Oid serverid, Http *http);
+extern void sender_destroy(Sender *sender);
+
+/* Reads options and key again; false if the server is gone */
+extern bool sender_reload(Sender *sender);
+extern bool sender_may_send(const Sender *sender);
+extern void sender_paused(Sender *sender, const char *reason);
+extern void sender_error(Sender *sender, const char *error);
+extern void sender_delivered(Sender *sender, int64 records);
+extern bool sender_has_work(const Sender *sender);
+extern int64 sender_next_at(const Sender *sender, int64 now);
+extern void sender_report(Sender *sender, int64 now, bool force);
+
+/* A lane's circuit */
+extern bool lane_open(const Lane *lane, int64 now);
+extern void lane_succeeded(Lane *lane, int64 now);
+extern void lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
+					   int64 now, const char *error);
+extern DeliveryAnswer sender_answer(const Sender *sender, DeliveryCall call,
+									const HttpResult *result);
+extern double sender_random(void);
+extern char *sender_error_text(const HttpResult *result);
+extern char *sender_answer_text(const HttpResult *result);
+
+/* realtime.c */
+extern void realtime_init(Sender *sender);
+extern void realtime_reset_look(Sender *sender);
+extern bool realtime_look(Sender *sender);
+extern bool realtime_wave_due(const Sender *sender, int64 now);
+extern bool realtime_wave(Sender *sender, int64 now);
+extern void realtime_start(Sender *sender, int64 now);
+extern void realtime_answered(Sender *sender, HttpResult **results, int n, int64 now);
+extern bool realtime_in_flight(const Sender *sender, EntityKey key);
+extern void realtime_add_solo(Sender *sender, QueueRow **rows, int n);
+extern int64 realtime_next_at(const Sender *sender, int64 now);
+
+/* bulk.c, bulk_prepare.c, sweep.c */
+extern void bulk_init(Sender *sender);
+extern void bulk_recover(Sender *sender);
+extern bool bulk_due(const Sender *sender, int64 now);
+extern bool bulk_step(Sender *sender, int64 now);
+extern bool bulk_busy(const Sender *sender);
+extern void bulk_discard(Sender *sender);
+extern void bulk_start(Sender *sender, int64 now);
+extern void bulk_answered(Sender *sender, HttpResult *result, int64 now);
+extern bool bulk_prepare(Sender *sender);
+extern bool bulk_holds(const Sender *sender, EntityKey key);
+extern int64 bulk_next_at(const Sender *sender, int64 now);
+
+#endif

@@ -1,0 +1,50 @@
+/*
+ * sql.h
+ *	  Statements of the tables' modules: planned once, kept, parameterised.
+ */
+#ifndef USERPILOT_SQL_H
+#define USERPILOT_SQL_H
+
+#include "executor/spi.h"
+
+#define SQL_MAX_ARGS 16
+
+/* "@" in the text stands for the extension's schema */
+typedef struct SqlStatement
+{
+	const char *text;
+	int			nargs;
+	Oid			types[SQL_MAX_ARGS];
+	SPIPlanPtr	plan;
+	Oid			schema;			/* that the plan was made for */
+} SqlStatement;
+
+#define SQL_STATEMENT(text, nargs, ...) {(text), (nargs), __VA_ARGS__, NULL, InvalidOid}
+
+/*
+ * Runs it with the active snapshot if read_only, else with a fresh one.
+ * nulls may be NULL.  Returns the number of rows processed; rows are in
+ * SPI_tuptable.  SPI must be connected.
+ */
+extern int	sql_execute(SqlStatement *statement, Datum *args, const char *nulls,
+						bool read_only);
+
+/* Who the current user was before sql_become_owner */
+typedef struct SqlCaller
+{
+	Oid			role;
+	int			sec_context;
+} SqlCaller;
+
+/*
+ * Opens SPI as the extension's owner, and back.  The search path stays the
+ * caller's, so SQL run in between names everything in full, operators too.
+ * An error undoes it as well.
+ */
+extern void sql_become_owner(SqlCaller *caller);
+extern void sql_become_caller(const SqlCaller *caller);
+
+/* Column of the first row, or dflt if there is no row or it is null */
+extern int64 sql_int64(int column, int64 dflt);
+
+#endif

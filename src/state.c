@@ -1,0 +1,679 @@
+/*
+ * state.c
+ *	  Shared memory: who is to be woken, and what one application may do.
+ *
+ * The latch is a hint, the counter is the truth: a commit raises its
+ * database's counter under the slot's spinlock and then sets a latch; a
+ * worker leaves only if, under the same spinlock, nothing came since it last
+ * looked.  Slots are never freed while the server runs, so a backend may keep
+ * a pointer to its own.
+ *
+ * The limit on calls is kept strictly, whatever the network does: a call
+ * counts from its start until a minute after its end.  Any two calls that
+ * reach the API within one minute are then counted against each other.
+ */
+#include "postgres.h"
+
+#include "miscadmin.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lwlock.h"
+#include "storage/proc.h"
+#include "storage/shmem.h"
+#include "storage/spin.h"
+
+#include "clock.h"
+#include "settings.h"
+#include "state.h"
+
+#define STATE_TRANCHE "userpilot"
+
+/* A minute of ended calls, in bins of half a second of API time */
+#define BIN_MS 500
+#define BINS (60 * 1000 / BIN_MS + 1)
+
+/* Crash-loop brake: after this many unclean ends without progress, wait */
+#define FAILURES_FREE 3
+#define FAILURE_WAIT_MS (60 * 1000)
+#define FAILURE_WAIT_MAX_MS (3600 * 1000)
+#define NO_SLOT_WAIT_MS (5 * 1000)
+
+typedef struct StateSlot
+{
+	slock_t		mutex;
+	Oid			database;		/* InvalidOid: free */
+	uint64		changes;
+	uint64		bulk_changes;
+	bool		read_all;
+	bool		wanted;			/* a worker should be started */
+	bool		starting;		/* ... and has been asked for */
+	int			worker_pid;
+	Latch	   *worker_latch;
+	bool		left_cleanly;	/* the last worker said good-bye */
+	bool		progressed;
+	int			failures;		/* unclean ends without progress */
+	int64		not_before;		/* API ms; no start before */
+	int64		due_at;			/* API ms; start then, 0: never */
+	bool		no_worker_slot; /* max_worker_processes reached */
+} StateSlot;
+
+typedef struct StateApplication
+{
+	uint64		id;				/* 0: free */
+	int			in_flight;
+	int64		first_bin;		/* number of the bin in ended[0] % BINS */
+	int64		last_bin;
+	int			ended[BINS];
+	int			job_holder;		/* pid of the worker whose job runs */
+	int64		used_at;
+} StateApplication;
+
+typedef struct StateShared
+{
+	LWLock	   *lock;			/* assigning slots, and all applications */
+	Latch	   *launcher_latch;
+	int			launcher_pid;
+	int			nslots;
+	StateSlot  *slots;
+	StateApplication *applications;
+} StateShared;
+
+static StateShared *shared = NULL;
+static StateSlot *my_slot = NULL;
+static bool commit_wakes = false;
+static bool commit_reads_all = false;
+static bool commit_has_bulk = false;
+
+/* What this worker holds, to be given back whatever ends it */
+typedef struct StateHeld
+{
+	uint64		application;
+	int			in_flight;
+} StateHeld;
+
+static StateHeld held[16];
+static int	nheld = 0;
+
+static shmem_request_hook_type prev_shmem_request = NULL;
+static shmem_startup_hook_type prev_shmem_startup = NULL;
+
+static Size
+state_size(void)
+{
+	Size		size = MAXALIGN(sizeof(StateShared));
+
+	size = add_size(size, mul_size(userpilot_max_databases, MAXALIGN(sizeof(StateSlot))));
+	size = add_size(size, mul_size(userpilot_max_databases, MAXALIGN(sizeof(StateApplication))));
+	return size;
+}
+
+static void
+state_shmem_request(void)
+{
+	if (prev_shmem_request)
+		prev_shmem_request();
+	RequestAddinShmemSpace(state_size());
+	RequestNamedLWLockTranche(STATE_TRANCHE, 1);
+}
+
+static void
+state_shmem_startup(void)
+{
+	bool		found;
+	char	   *base;
+
+	if (prev_shmem_startup)
+		prev_shmem_startup();
+
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	base = ShmemInitStruct(STATE_TRANCHE, state_size(), &found);
+	shared = (StateShared *) base;
+	if (!found)
+	{
+		memset(base, 0, state_size());
+		shared->lock = &(GetNamedLWLockTranche(STATE_TRANCHE))->lock;
+		shared->nslots = userpilot_max_databases;
+		base += MAXALIGN(sizeof(StateShared));
+		shared->slots = (StateSlot *) base;
+		base += shared->nslots * MAXALIGN(sizeof(StateSlot));
+		shared->applications = (StateApplication *) base;
+		for (int i = 0; i < shared->nslots; i++)
+			SpinLockInit(&shared->slots[i].mutex);
+	}
+	LWLockRelease(AddinShmemInitLock);
+}
+
+void
+state_register(void)
+{
+	prev_shmem_request = shmem_request_hook;
+	shmem_request_hook = state_shmem_request;
+	prev_shmem_startup = shmem_startup_hook;
+	shmem_startup_hook = state_shmem_startup;
+}
+
+bool
+state_available(void)
+{
+	return shared != NULL;
+}
+
+/* The slot of a database; made if asked for and there is room, else NULL */
+static StateSlot *
+slot_find(Oid database, bool create)
+{
+	StateSlot  *free_slot = NULL;
+	StateSlot  *slot = NULL;
+
+	LWLockAcquire(shared->lock, create ? LW_EXCLUSIVE : LW_SHARED);
+	for (int i = 0; i < shared->nslots; i++)
+	{
+		if (shared->slots[i].database == database)
+		{
+			slot = &shared->slots[i];
+			break;
+		}
+		if (free_slot == NULL && !OidIsValid(shared->slots[i].database))
+			free_slot = &shared->slots[i];
+	}
+	if (slot == NULL && create && free_slot != NULL)
+	{
+		slot = free_slot;
+		slot->left_cleanly = true;
+		slot->database = database;
+	}
+	LWLockRelease(shared->lock);
+	return slot;
+}
+
+/*
+ * Makes sure that a commit of this backend can wake the worker: the callback
+ * after commit is no place to find out that it cannot.
+ */
+void
+state_prepare_wake(void)
+{
+	static bool warned = false;
+
+	if (shared != NULL && (my_slot == NULL || my_slot->database != MyDatabaseId))
+		my_slot = slot_find(MyDatabaseId, true);
+	if (my_slot != NULL || warned)
+		return;
+
+	warned = true;
+	if (shared == NULL)
+		ereport(WARNING,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("userpilot is not preloaded: changes are queued but not delivered"),
+				 errhint("Add userpilot to shared_preload_libraries and restart the server.")));
+	else
+		ereport(WARNING,
+				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+				 errmsg("no slot is free for this database: changes are queued but not delivered"),
+				 errhint("Raise userpilot.max_databases and restart the server.")));
+}
+
+void
+state_note_commit_wake(void)
+{
+	state_prepare_wake();
+	commit_wakes = true;
+}
+
+void
+state_note_read_all(void)
+{
+	state_note_commit_wake();
+	commit_reads_all = true;
+}
+
+/* Cheap enough for every row */
+void
+state_note_bulk(void)
+{
+	commit_has_bulk = true;
+}
+
+void
+state_forget(void)
+{
+	commit_wakes = false;
+	commit_has_bulk = false;
+	commit_reads_all = false;
+}
+
+/* After commit: raise the counter, set whose latch it is.  Cannot fail. */
+void
+state_commit(void)
+{
+	Latch	   *latch;
+
+	if (!commit_wakes || my_slot == NULL)
+	{
+		state_forget();
+		return;
+	}
+
+	SpinLockAcquire(&my_slot->mutex);
+	my_slot->changes++;
+	my_slot->bulk_changes += commit_has_bulk || commit_reads_all;
+	my_slot->read_all |= commit_reads_all;
+	latch = my_slot->worker_latch;
+	if (latch == NULL && !my_slot->starting)
+	{
+		my_slot->wanted = true;
+		latch = shared->launcher_latch;
+	}
+	SpinLockRelease(&my_slot->mutex);
+
+	if (latch != NULL)
+		SetLatch(latch);
+	state_forget();
+}
+
+/* ---------------------------------------------------------------- worker */
+
+static void
+worker_detach(int code, Datum arg)
+{
+	for (int i = 0; i < nheld; i++)
+	{
+		if (held[i].in_flight > 0)
+			state_calls_ended(held[i].application, held[i].in_flight, clock_now());
+		state_job_slot_release(held[i].application);
+	}
+
+	SpinLockAcquire(&my_slot->mutex);
+	if (my_slot->worker_pid == MyProcPid)
+	{
+		my_slot->worker_pid = 0;
+		my_slot->worker_latch = NULL;
+	}
+	SpinLockRelease(&my_slot->mutex);
+}
+
+/* Takes the database's place for a worker; exits if another has it */
+void
+state_worker_attach(void)
+{
+	bool		taken = false;
+
+	my_slot = slot_find(MyDatabaseId, true);
+	if (my_slot == NULL)
+		proc_exit(0);
+
+	SpinLockAcquire(&my_slot->mutex);
+	if (my_slot->worker_pid != 0)
+		taken = true;
+	else
+	{
+		my_slot->worker_pid = MyProcPid;
+		my_slot->worker_latch = MyLatch;
+		my_slot->left_cleanly = false;
+		my_slot->progressed = false;
+		my_slot->due_at = 0;
+	}
+	SpinLockRelease(&my_slot->mutex);
+	if (taken)
+		proc_exit(0);
+	before_shmem_exit(worker_detach, (Datum) 0);
+}
+
+StateWake
+state_worker_wake(void)
+{
+	StateWake	wake;
+
+	SpinLockAcquire(&my_slot->mutex);
+	wake.changes = my_slot->changes;
+	wake.bulk_changes = my_slot->bulk_changes;
+	wake.read_all = my_slot->read_all;
+	my_slot->read_all = false;
+	SpinLockRelease(&my_slot->mutex);
+	return wake;
+}
+
+/*
+ * Says good-bye; refused (false) if something was committed since
+ * seen_changes was read.  due_at: when to be started again, 0 for never.
+ */
+bool
+state_worker_leave(uint64 seen_changes, int64 due_at)
+{
+	bool		may_leave;
+
+	SpinLockAcquire(&my_slot->mutex);
+	may_leave = my_slot->changes == seen_changes && !my_slot->read_all;
+	if (may_leave)
+	{
+		my_slot->worker_pid = 0;
+		my_slot->worker_latch = NULL;
+		my_slot->left_cleanly = true;
+		my_slot->due_at = due_at;
+	}
+	SpinLockRelease(&my_slot->mutex);
+	return may_leave;
+}
+
+/*
+ * The database has no use for a slot: the extension is not installed.  A
+ * backend that is about to queue all the same looks its slot up again.
+ */
+void
+state_worker_vacate(void)
+{
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	SpinLockAcquire(&my_slot->mutex);
+	my_slot->left_cleanly = true;
+	my_slot->worker_pid = 0;
+	my_slot->worker_latch = NULL;
+	my_slot->starting = false;
+	my_slot->due_at = 0;
+	if (!my_slot->wanted)
+		my_slot->database = InvalidOid;
+	SpinLockRelease(&my_slot->mutex);
+	LWLockRelease(shared->lock);
+}
+
+void
+state_worker_progress(void)
+{
+	my_slot->progressed = true;
+}
+
+int
+state_worker_pid(Oid database)
+{
+	StateSlot  *slot = shared ? slot_find(database, false) : NULL;
+
+	return slot ? slot->worker_pid : 0;
+}
+
+/* -------------------------------------------------------------- launcher */
+
+static void
+launcher_detach(int code, Datum arg)
+{
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	shared->launcher_latch = NULL;
+	shared->launcher_pid = 0;
+	LWLockRelease(shared->lock);
+}
+
+void
+state_launcher_attach(void)
+{
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	shared->launcher_latch = MyLatch;
+	shared->launcher_pid = MyProcPid;
+	LWLockRelease(shared->lock);
+	before_shmem_exit(launcher_detach, (Datum) 0);
+}
+
+bool
+state_launcher_present(void)
+{
+	return shared != NULL && shared->launcher_pid != 0;
+}
+
+void
+state_launcher_visit(Oid database)
+{
+	StateSlot  *slot = slot_find(database, true);
+
+	if (slot == NULL)
+		return;
+	SpinLockAcquire(&slot->mutex);
+	if (slot->worker_latch == NULL)
+		slot->wanted = true;
+	SpinLockRelease(&slot->mutex);
+}
+
+/*
+ * A database that needs a worker now, or until when there is none to start.
+ */
+StateLaunch
+state_launcher_next(int64 now, Oid *database, int64 *wait_until)
+{
+	StateLaunch result = STATE_LAUNCH_NONE;
+
+	*wait_until = 0;
+	for (int i = 0; i < shared->nslots; i++)
+	{
+		StateSlot  *slot = &shared->slots[i];
+		int64		at = 0;
+
+		SpinLockAcquire(&slot->mutex);
+		if (OidIsValid(slot->database) && slot->worker_pid == 0 && !slot->starting)
+		{
+			if (slot->wanted)
+				at = Max(slot->not_before, 1);
+			else if (slot->due_at > 0)
+				at = Max(slot->due_at, slot->not_before);
+			if (at > 0 && at <= now)
+			{
+				slot->starting = true;
+				slot->wanted = false;
+				*database = slot->database;
+				result = STATE_LAUNCH_START;
+			}
+		}
+		SpinLockRelease(&slot->mutex);
+
+		if (result == STATE_LAUNCH_START)
+			return result;
+		if (at > 0 && (*wait_until == 0 || at < *wait_until))
+		{
+			*wait_until = at;
+			result = STATE_LAUNCH_WAIT;
+		}
+	}
+	return result;
+}
+
+/* registered: false when max_worker_processes left no room */
+void
+state_launcher_started(Oid database, bool registered)
+{
+	StateSlot  *slot = slot_find(database, false);
+
+	if (slot == NULL)
+		return;
+	SpinLockAcquire(&slot->mutex);
+	slot->no_worker_slot = !registered;
+	if (!registered)
+	{
+		slot->starting = false;
+		slot->wanted = true;
+		slot->not_before = clock_now() + NO_SLOT_WAIT_MS * userpilot_time_scale;
+	}
+	SpinLockRelease(&slot->mutex);
+}
+
+/* The worker the launcher started for this database is gone */
+void
+state_launcher_ended(Oid database, int64 now)
+{
+	StateSlot  *slot = slot_find(database, false);
+
+	if (slot == NULL)
+		return;
+	SpinLockAcquire(&slot->mutex);
+	slot->starting = false;
+	if (slot->left_cleanly || slot->progressed)
+		slot->failures = 0;
+	else
+		slot->failures++;
+	slot->not_before = 0;
+	if (!slot->left_cleanly)
+	{
+		/* it may have left work behind */
+		slot->wanted = true;
+		slot->not_before = now + 1000;
+		if (slot->failures >= FAILURES_FREE)
+			slot->not_before = now + Min((int64) FAILURE_WAIT_MS << Min(slot->failures - FAILURES_FREE, 6),
+										 FAILURE_WAIT_MAX_MS);
+	}
+	SpinLockRelease(&slot->mutex);
+}
+
+/* Why no worker runs although there may be work, in words, or NULL */
+const char *
+state_launch_problem(Oid database)
+{
+	StateSlot  *slot;
+
+	if (shared == NULL)
+		return "userpilot is not in shared_preload_libraries";
+	if (shared->launcher_pid == 0)
+		return "the userpilot launcher is not running";
+	slot = slot_find(database, false);
+	if (slot == NULL)
+		return NULL;
+	if (slot->no_worker_slot)
+		return "no background worker slot is free: raise max_worker_processes";
+	if (slot->failures >= FAILURES_FREE && slot->worker_pid == 0)
+		return "the worker ended uncleanly several times in a row: see the server log";
+	return NULL;
+}
+
+/* ---------------------------------------------------------------- limits */
+
+/* The application's record; the least recently used one gives way */
+static StateApplication *
+application_find(uint64 id)
+{
+	StateApplication *oldest = NULL;
+
+	for (int i = 0; i < shared->nslots; i++)
+	{
+		StateApplication *app = &shared->applications[i];
+
+		if (app->id == id)
+			return app;
+		if (app->in_flight == 0 && app->job_holder == 0 &&
+			(oldest == NULL || app->used_at < oldest->used_at))
+			oldest = app;
+	}
+	if (oldest != NULL)
+	{
+		memset(oldest, 0, sizeof(*oldest));
+		oldest->id = id;
+	}
+	return oldest;
+}
+
+static void
+held_add(uint64 application, int calls)
+{
+	for (int i = 0; i < nheld; i++)
+	{
+		if (held[i].application == application)
+		{
+			held[i].in_flight = Max(held[i].in_flight + calls, 0);
+			return;
+		}
+	}
+	if (nheld < (int) lengthof(held))
+	{
+		held[nheld].application = application;
+		held[nheld++].in_flight = calls;
+	}
+}
+
+/* Forgets what ended more than a minute ago; returns what counts still */
+static int
+calls_counted(StateApplication *app, int64 now)
+{
+	int64		bin = now / BIN_MS;
+	int			n = app->in_flight;
+
+	if (bin - app->last_bin >= BINS)
+		memset(app->ended, 0, sizeof(app->ended));
+	else
+		for (int64 b = app->last_bin + 1; b <= bin; b++)
+			app->ended[b % BINS] = 0;
+	app->last_bin = Max(bin, app->last_bin);
+	for (int i = 0; i < BINS; i++)
+		n += app->ended[i];
+	return n;
+}
+
+/*
+ * Takes the right to start up to "wanted" calls now; returns how many.  If
+ * none, *wait_until says when to ask again.  Each must be given back with
+ * state_calls_ended when its call has ended.
+ */
+int
+state_calls_take(uint64 application, int per_minute, int wanted,
+				 int64 now, int64 *wait_until)
+{
+	StateApplication *app;
+	int			granted = 0;
+
+	*wait_until = now + BIN_MS;
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	if (app != NULL)
+	{
+		app->used_at = now;
+		granted = Min(wanted, per_minute - calls_counted(app, now));
+		granted = Max(granted, 0);
+		app->in_flight += granted;
+	}
+	LWLockRelease(shared->lock);
+
+	held_add(application, granted);
+	return granted;
+}
+
+void
+state_calls_ended(uint64 application, int n, int64 now)
+{
+	StateApplication *app;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	if (app != NULL)
+	{
+		(void) calls_counted(app, now);
+		app->in_flight = Max(app->in_flight - n, 0);
+		app->ended[app->last_bin % BINS] += n;
+		app->used_at = now;
+	}
+	LWLockRelease(shared->lock);
+	held_add(application, -n);
+}
+
+/* One job at a time for an application, whoever's; idempotent for a holder */
+bool
+state_job_slot_take(uint64 application)
+{
+	StateApplication *app;
+	bool		mine = false;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	if (app != NULL && (app->job_holder == 0 || app->job_holder == MyProcPid))
+	{
+		app->job_holder = MyProcPid;
+		mine = true;
+	}
+	LWLockRelease(shared->lock);
+	held_add(application, 0);
+	return mine;
+}
+
+void
+state_job_slot_release(uint64 application)
+{
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < shared->nslots; i++)
+	{
+		StateApplication *app = &shared->applications[i];
+
+		if (app->id == application && app->job_holder == MyProcPid)
+			app->job_holder = 0;
+	}
+	LWLockRelease(shared->lock);
+}

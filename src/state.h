@@ -1,0 +1,63 @@
+/*
+ * state.h
+ *	  Shared memory: who is to be woken, and what one application may do.
+ *
+ * A slot per database joins the backends that queue, the worker that
+ * delivers and the launcher that starts it.  A record per application
+ * (endpoint and key) holds the limits, which are the application's even if
+ * several databases or servers share it.
+ */
+#ifndef USERPILOT_STATE_H
+#define USERPILOT_STATE_H
+
+/* What a worker sees of its slot */
+typedef struct StateWake
+{
+	uint64		changes;		/* commits that queued something, ever */
+	uint64		bulk_changes;	/* ... that queued for the bulk lane */
+	bool		read_all;		/* someone moved rows the look cannot see */
+} StateWake;
+
+extern void state_register(void);	/* hooks, from _PG_init */
+extern bool state_available(void);	/* preloaded? */
+
+/* Backends */
+extern void state_prepare_wake(void);	/* in the transaction; may warn */
+extern void state_note_commit_wake(void);	/* ... wake when it commits */
+extern void state_note_read_all(void);	/* ... and look at everything */
+extern void state_note_bulk(void);	/* ... there is something to sweep */
+extern void state_commit(void); /* from the transaction callback */
+extern void state_forget(void); /* transaction ended without */
+
+/* Worker */
+extern void state_worker_attach(void);
+extern StateWake state_worker_wake(void);	/* reads, and clears read_all */
+extern bool state_worker_leave(uint64 seen_changes, int64 due_at);
+extern void state_worker_vacate(void);	/* nothing is ever to do here */
+extern void state_worker_progress(void);	/* it got something done */
+extern int	state_worker_pid(Oid database); /* 0: none */
+
+/* Launcher */
+typedef enum StateLaunch
+{
+	STATE_LAUNCH_NONE,
+	STATE_LAUNCH_START,
+	STATE_LAUNCH_WAIT
+} StateLaunch;
+
+extern void state_launcher_attach(void);
+extern bool state_launcher_present(void);
+extern void state_launcher_visit(Oid database);	/* ask for a worker there */
+extern StateLaunch state_launcher_next(int64 now, Oid *database, int64 *wait_until);
+extern void state_launcher_started(Oid database, bool registered);
+extern void state_launcher_ended(Oid database, int64 now);
+extern const char *state_launch_problem(Oid database);
+
+/* Limits of one application */
+extern int	state_calls_take(uint64 application, int per_minute, int wanted,
+							 int64 now, int64 *wait_until);
+extern void state_calls_ended(uint64 application, int n, int64 now);
+extern bool state_job_slot_take(uint64 application);
+extern void state_job_slot_release(uint64 application);
+
+#endif

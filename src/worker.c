@@ -1,0 +1,469 @@
+/*
+ * worker.c
+ *	  The worker: one a database, only while there is work.
+ *
+ * One loop: read what was committed, give each server's lanes what they need
+ * in short transactions, start calls when those have committed, then wait for
+ * latch, postmaster and network at once.  An error ends the process; the
+ * launcher starts another, which finds everything in the tables.
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_database.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/lmgr.h"
+#include "storage/lock.h"
+#include "tcop/tcopprot.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/ps_status.h"
+#include "utils/snapmgr.h"
+
+#include "clock.h"
+#include "compat.h"
+#include "history.h"
+#include "sender.h"
+#include "settings.h"
+#include "worker.h"
+
+/* Leaves after so long without work (API ms) */
+#define IDLE_MS (60 * 1000)
+
+/* Looks whether its database is wanted by DROP, RENAME or TEMPLATE, and
+ * whether prepared transactions were decided (real ms) */
+#define WATCH_MS 1000
+
+/* Old history is deleted so often (API ms) */
+#define PRUNE_MS (10 * 60 * 1000)
+
+#define MAX_CONNECTIONS 100
+#define MAX_SERVERS 16
+
+static Oid	extension_owner;
+static Http *http;
+static MemoryContext step_context;
+static Sender *senders[MAX_SERVERS];
+static int	nsenders = 0;
+static bool senders_loaded = false;
+static uint64 seen_changes = 0;
+static uint64 seen_bulk_changes = 0;
+static bool prepared_pending = false;
+
+/* ---------------------------------------------------------- transactions */
+
+static void
+begin_step(void)
+{
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+	SetUserIdAndSecContext(extension_owner, SECURITY_RESTRICTED_OPERATION);
+	SPI_connect();
+	PushActiveSnapshot(GetTransactionSnapshot());
+}
+
+/* durable: what was marked must be on disk before its body leaves */
+static void
+end_step(bool durable)
+{
+	PopActiveSnapshot();
+	SPI_finish();
+	if (!durable)
+		(void) set_config_option("synchronous_commit", "off", PGC_SUSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
+	CommitTransactionCommand();
+	MemoryContextReset(step_context);
+	MemoryContextSwitchTo(step_context);
+}
+
+static void
+pin_settings(void)
+{
+	static const char *const settings[][2] = {
+		{"search_path", "pg_catalog, pg_temp"},
+		{"default_transaction_isolation", "read committed"},
+		{"default_transaction_read_only", "off"},
+		{"default_transaction_deferrable", "off"},
+		{"statement_timeout", "0"},
+		{"lock_timeout", "0"},
+		{"idle_in_transaction_session_timeout", "0"},
+		{"row_security", "off"},
+		{"jit", "off"},
+		/* plans are kept, and made before the queue fills */
+		{"enable_seqscan", "off"},
+		{"plan_cache_mode", "force_generic_plan"}
+	};
+
+	for (size_t i = 0; i < lengthof(settings); i++)
+		SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+	if (synchronous_commit < SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
+		SetConfigOption("synchronous_commit", "local", PGC_SUSET, PGC_S_OVERRIDE);
+}
+
+/* -------------------------------------------------------------- database */
+
+/*
+ * DROP DATABASE, RENAME and CREATE DATABASE … TEMPLATE wait for others to
+ * leave while they hold the database's lock: be one who leaves.
+ */
+static bool
+database_is_wanted(void)
+{
+	LOCKTAG		tag;
+	bool		wanted;
+
+	StartTransactionCommand();
+	SET_LOCKTAG_OBJECT(tag, InvalidOid, DatabaseRelationId, MyDatabaseId, 0);
+	wanted = LockAcquire(&tag, RowExclusiveLock, false, true) == LOCKACQUIRE_NOT_AVAIL;
+	CommitTransactionCommand();
+	MemoryContextSwitchTo(step_context);
+	return wanted;
+}
+
+/* false: nothing is to be done in this database */
+static bool
+extension_is_ours(void)
+{
+	char	   *version = NULL;
+	bool		installed;
+	bool		same;
+
+	StartTransactionCommand();
+	installed = environment_installed(NULL, &extension_owner, &version);
+	same = installed && strcmp(version, USERPILOT_VERSION) == 0;
+	if (installed && !same)
+		ereport(WARNING,
+				(errmsg("userpilot does not deliver: extension version %s, library version %s",
+						version, USERPILOT_VERSION),
+				 errhint("ALTER EXTENSION userpilot UPDATE; or restart the server if the library is older.")));
+	CommitTransactionCommand();
+	MemoryContextSwitchTo(step_context);
+	return same;
+}
+
+/* --------------------------------------------------------------- senders */
+
+static Sender *
+find_sender(Oid serverid)
+{
+	for (int i = 0; i < nsenders; i++)
+		if (senders[i]->serverid == serverid)
+			return senders[i];
+	return NULL;
+}
+
+static bool
+in_flight(const Sender *sender)
+{
+	return sender->rt.ncalling > 0 || sender->bulk.calling;
+}
+
+/* Which servers are enabled, and with what options and key */
+static void
+load_senders(void)
+{
+	List	   *enabled;
+	ListCell   *lc;
+
+	begin_step();
+	enabled = environment_enabled();
+	foreach(lc, enabled)
+	{
+		Sender	   *sender = find_sender(lfirst_oid(lc));
+
+		if (sender == NULL && nsenders < MAX_SERVERS)
+		{
+			sender = sender_create(TopMemoryContext, lfirst_oid(lc), http);
+			if (!sender_reload(sender))
+			{
+				sender_destroy(sender);
+				continue;
+			}
+			bulk_recover(sender);
+			senders[nsenders++] = sender;
+		}
+		else if (sender != NULL)
+			sender->stale = !sender_reload(sender);
+	}
+	for (int i = 0; i < nsenders; i++)
+		if (!list_member_oid(enabled, senders[i]->serverid))
+			senders[i]->stale = true;
+	end_step(false);
+
+	for (int i = nsenders - 1; i >= 0; i--)
+	{
+		if (!senders[i]->stale || in_flight(senders[i]))
+			continue;
+		state_job_slot_release(senders[i]->env->fingerprint);
+		sender_destroy(senders[i]);
+		senders[i] = senders[--nsenders];
+	}
+	senders_loaded = true;
+}
+
+/* ----------------------------------------------------------------- steps */
+
+/* Learns from what has been answered */
+static bool
+step_answers(void)
+{
+	HttpResult *result;
+	List	   *results = NIL;
+	int64		now = clock_now();
+
+	while ((result = http_next(http)) != NULL)
+		results = lappend(results, result);
+	if (results == NIL)
+		return false;
+
+	begin_step();
+	for (int i = 0; i < nsenders; i++)
+	{
+		HttpResult **mine = palloc(list_length(results) * sizeof(HttpResult *));
+		int			n = 0;
+		ListCell   *lc;
+
+		foreach(lc, results)
+		{
+			Call	   *call = ((HttpResult *) lfirst(lc))->owner;
+
+			if (call->sender != senders[i])
+				continue;
+			if (call->pending != NULL)
+				mine[n++] = lfirst(lc);
+			else
+				bulk_answered(senders[i], lfirst(lc), now);
+		}
+		if (n > 0)
+			realtime_answered(senders[i], mine, n, now);
+		sender_report(senders[i], now, false);
+	}
+	end_step(false);
+	for (int i = 0; i < list_length(results); i++)
+		http_result_free(list_nth(results, i));
+	return true;
+}
+
+static void
+step_look(StateWake wake, bool everything)
+{
+	begin_step();
+	for (int i = 0; i < nsenders; i++)
+	{
+		if (everything)
+			realtime_reset_look(senders[i]);
+		if (wake.bulk_changes != seen_bulk_changes || everything)
+			senders[i]->bulk.dirty = true;
+		(void) realtime_look(senders[i]);
+	}
+	end_step(false);
+	seen_changes = wake.changes;
+	seen_bulk_changes = wake.bulk_changes;
+}
+
+/* One server's lanes; returns whether it did anything */
+static bool
+step_sender(Sender *sender)
+{
+	int64		now = clock_now();
+	bool		durable = false;
+	bool		did = false;
+
+	if (bulk_due(sender, now))
+	{
+		BulkState	before = sender->bulk.state;
+
+		begin_step();
+		durable = bulk_step(sender, now);
+		sender_report(sender, now, false);
+		end_step(durable);
+		if (sender->bulk.state == before)
+			bulk_start(sender, clock_now());
+		did = true;
+	}
+	if (realtime_wave_due(sender, now))
+	{
+		begin_step();
+		durable = realtime_wave(sender, now);
+		end_step(durable);
+		did = true;
+	}
+	realtime_start(sender, clock_now());
+	return did;
+}
+
+static void
+step_watch(void)
+{
+	begin_step();
+	prepared_pending = queue_prepared_pending();
+	end_step(false);
+}
+
+static void
+step_prune(void)
+{
+	begin_step();
+	history_prune();
+	end_step(false);
+}
+
+static bool
+any_work(void)
+{
+	for (int i = 0; i < nsenders; i++)
+		if (sender_has_work(senders[i]) || in_flight(senders[i]))
+			return true;
+	return prepared_pending;
+}
+
+/*
+ * The last look before leaving: rows that no look can see (moved back by
+ * hand, restored) must not be left behind.
+ */
+static bool
+anything_left(void)
+{
+	bool		left = false;
+
+	begin_step();
+	for (int i = 0; i < nsenders; i++)
+	{
+		left |= queue_has_rows(senders[i]->env->server, false);
+		sender_report(senders[i], clock_now(), true);
+	}
+	end_step(false);
+	return left;
+}
+
+static void
+wait_for_work(int64 until)
+{
+	static uint32 wait_event = 0;
+	int64		now = clock_now();
+	long		timeout = until <= now ? 0 : clock_real_ms(until - now);
+
+	if (wait_event == 0)
+		wait_event = compat_wait_event("UserpilotWorkerMain");
+	pgstat_report_activity(STATE_IDLE, NULL);
+	(void) http_wait(http, Min(timeout, WATCH_MS), wait_event);
+}
+
+/* ------------------------------------------------------------------ main */
+
+static void
+start_up(Oid database)
+{
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
+	state_worker_attach();
+	pin_settings();
+	step_context = AllocSetContextCreate(TopMemoryContext, "userpilot step",
+										 ALLOCSET_DEFAULT_SIZES);
+	MemoryContextSwitchTo(step_context);
+}
+
+/* Once a second; false when the worker must go */
+static bool
+watch(int64 *pruned_at)
+{
+	int64		now = clock_now();
+
+	if (database_is_wanted())
+		return false;
+	if (!extension_is_ours())
+		return false;
+	load_senders();
+	step_watch();
+	if (now - *pruned_at >= PRUNE_MS)
+	{
+		step_prune();
+		*pruned_at = now;
+	}
+	return true;
+}
+
+/* Until there is nothing to do for IDLE_MS */
+static void
+serve(void)
+{
+	TimestampTz watched_at = 0;
+	int64		pruned_at = clock_now();
+	int64		busy_at = clock_now();
+	bool		everything = true;
+	bool		first = true;
+
+	for (;;)
+	{
+		StateWake	wake = state_worker_wake();
+		int64		next_at = PG_INT64_MAX;
+		bool		did = false;
+
+		CHECK_FOR_INTERRUPTS();
+		if (ConfigReloadPending)
+		{
+			ConfigReloadPending = false;
+			ProcessConfigFile(PGC_SIGHUP);
+			watched_at = 0;
+		}
+		if (TimestampDifferenceExceeds(watched_at, GetCurrentTimestamp(), WATCH_MS) ||
+			(nsenders == 0 && wake.changes != seen_changes))
+		{
+			if (!watch(&pruned_at))
+				return;
+			watched_at = GetCurrentTimestamp();
+		}
+
+		everything |= wake.read_all;
+		did |= step_answers();
+		if (everything || wake.changes != seen_changes || prepared_pending)
+		{
+			step_look(wake, everything);
+			everything = false;
+		}
+		for (int i = 0; i < nsenders; i++)
+			did |= step_sender(senders[i]);
+
+		if (did || any_work())
+			busy_at = clock_now();
+		else if (first || clock_now() - busy_at >= IDLE_MS)
+		{
+			if (nsenders > 0 && anything_left())
+			{
+				everything = true;
+				busy_at = clock_now();
+				first = false;
+				continue;
+			}
+			if (state_worker_leave(seen_changes, 0))
+				return;
+		}
+		first = false;
+		if (did)
+			continue;
+		for (int i = 0; i < nsenders; i++)
+			next_at = Min(next_at, sender_next_at(senders[i], clock_now()));
+		wait_for_work(Min(next_at, busy_at + IDLE_MS));
+	}
+}
+
+void
+userpilot_worker_main(Datum arg)
+{
+	start_up(DatumGetObjectId(arg));
+	if (!extension_is_ours())
+	{
+		state_worker_vacate();
+		proc_exit(0);
+	}
+	http = http_create(TopMemoryContext, MAX_CONNECTIONS);
+	serve();
+	proc_exit(0);
+}
