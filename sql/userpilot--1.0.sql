@@ -136,7 +136,7 @@ CREATE TABLE userpilot_profiles (
 	synced_at timestamptz,
 	job bigint,
 	PRIMARY KEY (server, kind, entity_id)
-);
+) WITH (fillfactor = 70);
 REVOKE ALL ON TABLE userpilot_profiles FROM PUBLIC;
 
 COMMENT ON TABLE userpilot_profiles IS 'What Userpilot is known to have: last acknowledged, not read back. A key in versions but not in metadata is unknown and will be sent again rather than believed.';

@@ -132,8 +132,8 @@ job_refused(Sender *sender, const char *error, bool give_back)
 	news.error = error;
 	news.finished = true;
 	jobs_update(bulk->job.id, &news);
+	profiles_release_job(sender->env->server, bulk->job.kind, bulk->job.id, give_back);
 	jobs_drop_chunks(bulk->job.id);
-	profiles_release_job(sender->env->server, bulk->job.id, give_back);
 	drop_flying(bulk);
 	bulk->dirty = true;
 }
@@ -149,7 +149,7 @@ job_dissolved(Sender *sender, const char *error)
 	news.error = error;
 	news.finished = true;
 	jobs_update(bulk->job.id, &news);
-	profiles_release_job(sender->env->server, bulk->job.id, false);
+	profiles_release_job(sender->env->server, bulk->job.kind, bulk->job.id, false);
 	move_flying(bulk, &bulk->solo, bulk->solo_context);
 	bulk->dirty = true;
 	sender_error(sender, psprintf("job " INT64_FORMAT " is sent record by record: %s",

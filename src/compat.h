@@ -20,10 +20,11 @@
 #endif
 
 /* 17 names extensions' wait events; before, they all read "Extension" */
+#include "utils/wait_event.h"
+
 #if PG_VERSION_NUM >= 170000
 #define compat_wait_event(name) WaitEventExtensionNew(name)
 #else
-#include "utils/wait_event.h"
 #define compat_wait_event(name) PG_WAIT_EXTENSION
 #endif
 

@@ -138,10 +138,10 @@ payload_to_merge(const JsonbValue *value, MergeValue *out)
 void
 payload_from_merge(const MergeValue *value, JsonbValue *out)
 {
+	out->type = jbvNull;
 	switch (value->type)
 	{
 		case MERGE_NULL:
-			out->type = jbvNull;
 			break;
 		case MERGE_TRUE:
 		case MERGE_FALSE:

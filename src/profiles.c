@@ -294,9 +294,11 @@ void
 profiles_read(const char *server, Profile **profiles, int n)
 {
 	static SqlStatement statement = SQL_STATEMENT(
+		/* OFFSET 0: one index look-up an id, whatever the statistics say */
 		"SELECT p.company_id, p.metadata, p.versions, p.attempts, p.synced_at IS NOT NULL, p.job, w.n::int"
-		" FROM pg_catalog.unnest($3) WITH ORDINALITY AS w(id, n)"
-		" JOIN @.userpilot_profiles p ON p.server = $1 AND p.kind = $2 AND p.entity_id = w.id",
+		" FROM pg_catalog.unnest($3) WITH ORDINALITY AS w(id, n), LATERAL"
+		" (SELECT * FROM @.userpilot_profiles"
+		"   WHERE server = $1 AND kind = $2 AND entity_id = w.id OFFSET 0) p",
 		3, {TEXTOID, TEXTOID, TEXTARRAYOID});
 	Datum	   *ids = palloc(Max(n, 1) * sizeof(Datum));
 	Datum		args[3];
@@ -425,21 +427,28 @@ profiles_set_attempts(const char *server, Profile **profiles, int n)
 
 /*
  * In SQL alone: the records say what was sent, the mark has raised the
- * versions already.  An entity that was released meanwhile is left unknown.
+ * versions already.  Written as an upsert although the profiles exist: so no
+ * plan can go wrong, each record is one index look-up.  An entity that was
+ * released meanwhile is left unknown.
  */
+#define JOB_RECORDS \
+	"WITH sent AS MATERIALIZED (" \
+	"  SELECT pg_catalog.string_to_table(pg_catalog.rtrim(c.records, E'\\n'), E'\\n')::jsonb AS r" \
+	"  FROM @.userpilot_job_chunks c WHERE c.job = $3)" \
+	" INSERT INTO @.userpilot_profiles AS p (server, kind, entity_id, company_id, metadata, synced_at)" \
+	" SELECT $1, $2, r ->> CASE $2 WHEN 'user' THEN 'user_id' ELSE 'company_id' END," \
+	"  CASE $2 WHEN 'user' THEN r ->> 'company_id' END, "
+
 void
 profiles_learn_job(const char *server, UserpilotKind kind, int64 job)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"WITH sent AS MATERIALIZED ("
-		"  SELECT pg_catalog.string_to_table(pg_catalog.rtrim(c.records, E'\\n'), E'\\n')::jsonb AS r"
-		"  FROM @.userpilot_job_chunks c WHERE c.job = $3)"
-		" UPDATE @.userpilot_profiles p SET"
-		"  metadata = p.metadata || (sent.r -> 'metadata'),"
-		"  company_id = CASE WHEN $2 = 'user' THEN coalesce(sent.r ->> 'company_id', p.company_id) END,"
-		"  attempts = 0, synced_at = pg_catalog.clock_timestamp(), job = NULL"
-		" FROM sent WHERE p.server = $1 AND p.kind = $2 AND p.job = $3"
-		"  AND p.entity_id = sent.r ->> CASE $2 WHEN 'user' THEN 'user_id' ELSE 'company_id' END",
+		JOB_RECORDS "r -> 'metadata', pg_catalog.clock_timestamp() FROM sent"
+		" ON CONFLICT (server, kind, entity_id) DO UPDATE SET"
+		"  metadata = p.metadata || excluded.metadata,"
+		"  company_id = coalesce(excluded.company_id, p.company_id),"
+		"  attempts = 0, synced_at = excluded.synced_at, job = NULL"
+		" WHERE p.job = $3",
 		3, {TEXTOID, TEXTOID, INT8OID});
 	Datum		args[3] = {CStringGetTextDatum(server),
 	CStringGetTextDatum(userpilot_kind_name(kind)), Int64GetDatum(job)};
@@ -448,15 +457,17 @@ profiles_learn_job(const char *server, UserpilotKind kind, int64 job)
 }
 
 void
-profiles_release_job(const char *server, int64 job, bool give_back)
+profiles_release_job(const char *server, UserpilotKind kind, int64 job, bool give_back)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"UPDATE @.userpilot_profiles SET job = NULL,"
-		" attempts = greatest(attempts - CASE WHEN $3 THEN 1 ELSE 0 END, 0)"
-		" WHERE server = $1 AND job = $2",
-		3, {TEXTOID, INT8OID, BOOLOID});
-	Datum		args[3] = {CStringGetTextDatum(server), Int64GetDatum(job),
-	BoolGetDatum(give_back)};
+		JOB_RECORDS "'{}', NULL FROM sent"
+		" ON CONFLICT (server, kind, entity_id) DO UPDATE SET job = NULL,"
+		"  attempts = greatest(p.attempts - CASE WHEN $4 THEN 1 ELSE 0 END, 0)"
+		" WHERE p.job = $3",
+		4, {TEXTOID, TEXTOID, INT8OID, BOOLOID});
+	Datum		args[4] = {CStringGetTextDatum(server),
+		CStringGetTextDatum(userpilot_kind_name(kind)),
+	Int64GetDatum(job), BoolGetDatum(give_back)};
 
 	(void) sql_execute(&statement, args, NULL, false);
 }

@@ -37,11 +37,13 @@ extern void profiles_write(const char *server, Profile **profiles, int n,
 /* Sets attempts of one entity: given back, or counted anew */
 extern void profiles_set_attempts(const char *server, Profile **profiles, int n);
 
-/* A bulk job was acknowledged in full: learn what its records say */
+/* A bulk job was acknowledged in full: learn what its records say.  Both need
+ * the job's records still to be there. */
 extern void profiles_learn_job(const char *server, UserpilotKind kind, int64 job);
 
 /* Its entities are no longer in flight, and what was sent stays unknown;
  * give_back: the attempt does not count */
-extern void profiles_release_job(const char *server, int64 job, bool give_back);
+extern void profiles_release_job(const char *server, UserpilotKind kind, int64 job,
+								 bool give_back);
 
 #endif

@@ -10,6 +10,7 @@
 #include "access/relation.h"
 #include "access/table.h"
 #include "access/tableam.h"
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
@@ -302,8 +303,51 @@ queue_fold(MergeEntity *entity, const MergeBatches *batches, const QueueRow *row
 
 /* ------------------------------------------------------ rows that leave */
 
-/* Positions and what must still stand there: rows may have been moved by a
- * rewrite of the table, and a position used again */
+/*
+ * Whether the row that was read still stands at its position: rows may have
+ * been moved by a rewrite of the table, and the position used again.
+ */
+static bool
+still_there(Relation rel, const QueueRow *row, TupleTableSlot *slot)
+{
+	bool		isnull;
+
+	return ItemPointerGetBlockNumber(&row->tid) < RelationGetNumberOfBlocks(rel) &&
+		table_tuple_fetch_row_version(rel, (ItemPointer) &row->tid, GetActiveSnapshot(), slot) &&
+		DatumGetLSN(slot_getattr(slot, QUEUE_LSN + 1, &isnull)) == row->lsn;
+}
+
+/* A row that someone else deleted first is as good as deleted */
+uint64
+queue_delete(const QueueRow *rows, int n)
+{
+	Relation	rel;
+	TupleTableSlot *slot;
+	uint64		deleted = 0;
+
+	if (n == 0)
+		return 0;
+	rel = table_open(queue_relid("userpilot_queue"), RowExclusiveLock);
+	queue_check_shape(rel);
+	slot = table_slot_create(rel, NULL);
+	for (int i = 0; i < n; i++)
+	{
+		TM_FailureData failure;
+
+		CHECK_FOR_INTERRUPTS();
+		if (still_there(rel, &rows[i], slot) &&
+			table_tuple_delete(rel, (ItemPointer) &rows[i].tid, GetCurrentCommandId(true),
+							   GetActiveSnapshot(), InvalidSnapshot, true, &failure,
+							   false) == TM_Ok)
+			deleted++;
+		ExecClearTuple(slot);
+	}
+	ExecDropSingleTupleTableSlot(slot);
+	table_close(rel, NoLock);
+	CommandCounterIncrement();
+	return deleted;
+}
+
 static void
 row_arrays(const QueueRow *rows, int n, Datum *tids, Datum *lsns)
 {
@@ -319,29 +363,13 @@ row_arrays(const QueueRow *rows, int n, Datum *tids, Datum *lsns)
 	*lsns = PointerGetDatum(construct_array(lsn, n, PG_LSNOID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
 }
 
-#define ROWS_READ \
-	"q.ctid = ANY ($1) AND (q.ctid, q.lsn) IN" \
-	" (SELECT t, l FROM unnest($1, $2) AS r(t, l))"
-
-uint64
-queue_delete(const QueueRow *rows, int n)
-{
-	static SqlStatement statement = SQL_STATEMENT(
-		"DELETE FROM @.userpilot_queue q WHERE " ROWS_READ,
-		2, {TIDARRAYOID, PG_LSNARRAYOID});
-	Datum		args[2];
-
-	if (n == 0)
-		return 0;
-	row_arrays(rows, n, &args[0], &args[1]);
-	return sql_execute(&statement, args, NULL, false);
-}
-
 uint64
 queue_bury(const QueueRow *rows, int n, const QueueFailure *why)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"WITH gone AS (DELETE FROM @.userpilot_queue q WHERE " ROWS_READ " RETURNING q.*)"
+		"WITH gone AS (DELETE FROM @.userpilot_queue q"
+		"  USING (SELECT t, l FROM unnest($1, $2) AS r(t, l) OFFSET 0) r"
+		"  WHERE q.ctid = r.t AND q.lsn = r.l RETURNING q.*)"
 		" INSERT INTO @.userpilot_dead_letters (lsn, xid, enqueued_at, batch, bulk, server, kind,"
 		" entity_id, company_id, metadata, http_status, error, response, attempts)"
 		" SELECT lsn, xid, enqueued_at, batch, bulk, server, kind,"

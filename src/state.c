@@ -49,6 +49,7 @@ typedef struct StateSlot
 	bool		starting;		/* ... and has been asked for */
 	int			worker_pid;
 	Latch	   *worker_latch;
+	bool		attached;		/* the worker asked for has come to be */
 	bool		left_cleanly;	/* the last worker said good-bye */
 	bool		progressed;
 	int			failures;		/* unclean ends without progress */
@@ -309,6 +310,7 @@ state_worker_attach(void)
 	{
 		my_slot->worker_pid = MyProcPid;
 		my_slot->worker_latch = MyLatch;
+		my_slot->attached = true;
 		my_slot->left_cleanly = false;
 		my_slot->progressed = false;
 		my_slot->due_at = 0;
@@ -353,6 +355,18 @@ state_worker_leave(uint64 seen_changes, int64 due_at)
 	}
 	SpinLockRelease(&my_slot->mutex);
 	return may_leave;
+}
+
+/* Makes way for others who want the database; to be started again at due_at */
+void
+state_worker_retreat(int64 due_at)
+{
+	SpinLockAcquire(&my_slot->mutex);
+	my_slot->worker_pid = 0;
+	my_slot->worker_latch = NULL;
+	my_slot->left_cleanly = true;
+	my_slot->due_at = due_at;
+	SpinLockRelease(&my_slot->mutex);
 }
 
 /*
@@ -453,7 +467,9 @@ state_launcher_next(int64 now, Oid *database, int64 *wait_until)
 			if (at > 0 && at <= now)
 			{
 				slot->starting = true;
+				slot->attached = false;
 				slot->wanted = false;
+				slot->due_at = 0;
 				*database = slot->database;
 				result = STATE_LAUNCH_START;
 			}
@@ -500,6 +516,13 @@ state_launcher_ended(Oid database, int64 now)
 		return;
 	SpinLockAcquire(&slot->mutex);
 	slot->starting = false;
+	if (!slot->attached)
+	{
+		/* the database is gone, or takes no connections: its slot is free */
+		slot->left_cleanly = true;
+		slot->wanted = false;
+		slot->database = InvalidOid;
+	}
 	if (slot->left_cleanly || slot->progressed)
 		slot->failures = 0;
 	else

@@ -39,6 +39,9 @@
  * whether prepared transactions were decided (real ms) */
 #define WATCH_MS 1000
 
+/* Having made way, comes back after so long (real ms) */
+#define RETREAT_MS 2000
+
 /* Old history is deleted so often (API ms) */
 #define PRUNE_MS (10 * 60 * 1000)
 
@@ -96,6 +99,8 @@ pin_settings(void)
 		{"jit", "off"},
 		/* plans are kept, and made before the queue fills */
 		{"enable_seqscan", "off"},
+		{"enable_hashjoin", "off"},
+		{"enable_mergejoin", "off"},
 		{"plan_cache_mode", "force_generic_plan"}
 	};
 
@@ -193,6 +198,9 @@ load_senders(void)
 	for (int i = 0; i < nsenders; i++)
 		if (!list_member_oid(enabled, senders[i]->serverid))
 			senders[i]->stale = true;
+	for (int i = 0; i < nsenders; i++)
+		if (!senders[i]->stale)
+			sender_report(senders[i], clock_now(), false);
 	end_step(false);
 
 	for (int i = nsenders - 1; i >= 0; i--)
@@ -377,9 +385,15 @@ watch(int64 *pruned_at)
 	int64		now = clock_now();
 
 	if (database_is_wanted())
+	{
+		state_worker_retreat(now + clock_api_ms(RETREAT_MS));
 		return false;
+	}
 	if (!extension_is_ours())
+	{
+		state_worker_vacate();
 		return false;
+	}
 	load_senders();
 	step_watch();
 	if (now - *pruned_at >= PRUNE_MS)
