@@ -319,6 +319,31 @@ COMMENT ON COLUMN userpilot_progress.last_error IS 'Last trouble, in words.';
 COMMENT ON COLUMN userpilot_progress.last_error_at IS 'When it occurred.';
 COMMENT ON COLUMN userpilot_progress.updated_at IS 'When the worker wrote this.';
 
+CREATE TABLE userpilot_recent_calls (
+	server text NOT NULL,
+	at timestamptz NOT NULL,
+	calls integer NOT NULL
+);
+ALTER TABLE userpilot_recent_calls REPLICA IDENTITY FULL;
+REVOKE ALL ON TABLE userpilot_recent_calls FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_recent_calls IS 'Real-time calls of the last minutes, so that the limit holds over a crash of the server.';
+COMMENT ON COLUMN userpilot_recent_calls.server IS 'Foreign server.';
+COMMENT ON COLUMN userpilot_recent_calls.at IS 'When they were marked.';
+COMMENT ON COLUMN userpilot_recent_calls.calls IS 'How many.';
+
+CREATE TABLE userpilot_worker_starts (
+	only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+	starts integer NOT NULL,
+	at timestamptz NOT NULL
+);
+REVOKE ALL ON TABLE userpilot_worker_starts FROM PUBLIC;
+
+COMMENT ON TABLE userpilot_worker_starts IS 'Starts of the worker in a row that got nowhere: after three the next ones wait, up to an hour.';
+COMMENT ON COLUMN userpilot_worker_starts.only_row IS 'There is one row.';
+COMMENT ON COLUMN userpilot_worker_starts.starts IS 'Starts since the worker last delivered something or left in good order.';
+COMMENT ON COLUMN userpilot_worker_starts.at IS 'Last start.';
+
 -- What a dump must carry: the truth that is pending, and what is known
 SELECT pg_catalog.pg_extension_config_dump('userpilot_queue', '');
 SELECT pg_catalog.pg_extension_config_dump('userpilot_batches', '');

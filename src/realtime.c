@@ -15,6 +15,7 @@
 #include "api.h"
 #include "clock.h"
 #include "history.h"
+#include "ledger.h"
 #include "payload.h"
 #include "sender.h"
 
@@ -410,6 +411,8 @@ realtime_wave(Sender *sender, int64 now)
 
 	write_profiles(sender, nothing, nnothing, PROFILE_RAISED);
 	write_profiles(sender, marked, nmarked, PROFILE_MARKED);
+	if (nmarked > 0)
+		ledger_calls(sender->env->server, nmarked);
 	delete_sent(nothing, nnothing);
 	for (int i = 0; i < nnothing; i++)
 		pending_drop_sent(rt, nothing[i]);

@@ -32,6 +32,9 @@
 #define BIN_MS 500
 #define BINS (60 * 1000 / BIN_MS + 1)
 
+/* Databases that can share an application and have their ledgers counted */
+#define SEEDS 16
+
 /* Crash-loop brake: after this many unclean ends without progress, wait */
 #define FAILURES_FREE 3
 #define FAILURE_WAIT_MS (60 * 1000)
@@ -62,11 +65,12 @@ typedef struct StateApplication
 {
 	uint64		id;				/* 0: free */
 	int			in_flight;
-	int64		first_bin;		/* number of the bin in ended[0] % BINS */
 	int64		last_bin;
 	int			ended[BINS];
 	int			job_holder;		/* pid of the worker whose job runs */
 	int64		used_at;
+	int			nseeded;
+	Oid			seeded[SEEDS];	/* databases whose ledger has been counted */
 } StateApplication;
 
 typedef struct StateShared
@@ -260,8 +264,9 @@ state_commit(void)
 	my_slot->bulk_changes += commit_has_bulk || commit_reads_all;
 	my_slot->read_all |= commit_reads_all;
 	latch = my_slot->worker_latch;
-	if (latch == NULL && !my_slot->starting)
+	if (latch == NULL)
 	{
+		/* also while one is starting or ending: the launcher sorts it out */
 		my_slot->wanted = true;
 		latch = shared->launcher_latch;
 	}
@@ -311,6 +316,7 @@ state_worker_attach(void)
 		my_slot->worker_pid = MyProcPid;
 		my_slot->worker_latch = MyLatch;
 		my_slot->attached = true;
+		my_slot->wanted = false;	/* it will look at everything */
 		my_slot->left_cleanly = false;
 		my_slot->progressed = false;
 		my_slot->due_at = 0;
@@ -648,6 +654,29 @@ state_calls_take(uint64 application, int per_minute, int wanted,
 
 	held_add(application, granted);
 	return granted;
+}
+
+/*
+ * What this database's ledger says was called before shared memory was new:
+ * counts as ended now, once.
+ */
+void
+state_calls_seed(uint64 application, int n, int64 now)
+{
+	StateApplication *app;
+	bool		known = false;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	for (int i = 0; app != NULL && i < app->nseeded; i++)
+		known |= app->seeded[i] == MyDatabaseId;
+	if (app != NULL && !known && app->nseeded < SEEDS)
+	{
+		app->seeded[app->nseeded++] = MyDatabaseId;
+		(void) calls_counted(app, now);
+		app->ended[app->last_bin % BINS] += n;
+	}
+	LWLockRelease(shared->lock);
 }
 
 void

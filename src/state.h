@@ -57,6 +57,7 @@ extern const char *state_launch_problem(Oid database);
 /* Limits of one application */
 extern int	state_calls_take(uint64 application, int per_minute, int wanted,
 							 int64 now, int64 *wait_until);
+extern void state_calls_seed(uint64 application, int n, int64 now);
 extern void state_calls_ended(uint64 application, int n, int64 now);
 extern bool state_job_slot_take(uint64 application);
 extern void state_job_slot_release(uint64 application);

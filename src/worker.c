@@ -28,6 +28,7 @@
 #include "clock.h"
 #include "compat.h"
 #include "history.h"
+#include "ledger.h"
 #include "sender.h"
 #include "settings.h"
 #include "worker.h"
@@ -41,6 +42,11 @@
 
 /* Having made way, comes back after so long (real ms) */
 #define RETREAT_MS 2000
+
+/* Starts that may get nowhere before the next waits, and how long (real ms) */
+#define STARTS_FREE 3
+#define START_WAIT_MS 1000
+#define START_WAIT_MAX_MS (3600 * 1000)
 
 /* Old history is deleted so often (API ms) */
 #define PRUNE_MS (10 * 60 * 1000)
@@ -190,6 +196,8 @@ load_senders(void)
 				continue;
 			}
 			bulk_recover(sender);
+			state_calls_seed(sender->env->fingerprint,
+							 ledger_recent_calls(sender->env->server), clock_now());
 			senders[nsenders++] = sender;
 		}
 		else if (sender != NULL)
@@ -310,6 +318,7 @@ step_watch(void)
 {
 	begin_step();
 	prepared_pending = queue_prepared_pending();
+	ledger_prune();
 	end_step(false);
 }
 
@@ -404,6 +413,46 @@ watch(int64 *pruned_at)
 	return true;
 }
 
+/*
+ * Counts this start.  After three that got nowhere the next ones wait, longer
+ * each time: a worker that crashes restarts everyone's server.
+ */
+static bool
+may_start(void)
+{
+	int64		since_last;
+	int64		wait = 0;
+	int			starts;
+
+	begin_step();
+	starts = ledger_starts(&since_last);
+	if (starts >= STARTS_FREE)
+		wait = Min((int64) START_WAIT_MS << Min(starts - STARTS_FREE, 12), START_WAIT_MAX_MS);
+	if (since_last >= wait)
+		ledger_start();
+	end_step(true);
+	if (since_last >= wait)
+		return true;
+	ereport(LOG,
+			(errmsg("userpilot: the worker of this database was started %d times and got nowhere; the next start is in %d s",
+					starts, (int) ((wait - since_last) / 1000 + 1))));
+	state_worker_retreat(clock_now() + clock_api_ms(wait - since_last));
+	return false;
+}
+
+static void
+note_progress(void)
+{
+	static bool noted = false;
+
+	if (noted)
+		return;
+	begin_step();
+	ledger_progress();
+	end_step(false);
+	noted = true;
+}
+
 /* Until there is nothing to do for IDLE_MS */
 static void
 serve(void)
@@ -436,7 +485,11 @@ serve(void)
 		}
 
 		everything |= wake.read_all;
-		did |= step_answers();
+		if (step_answers())
+		{
+			did = true;
+			note_progress();
+		}
 		if (everything || wake.changes != seen_changes || prepared_pending)
 		{
 			step_look(wake, everything);
@@ -456,6 +509,7 @@ serve(void)
 				first = false;
 				continue;
 			}
+			note_progress();
 			if (state_worker_leave(seen_changes, 0))
 				return;
 		}
@@ -477,7 +531,10 @@ userpilot_worker_main(Datum arg)
 		state_worker_vacate();
 		proc_exit(0);
 	}
-	http = http_create(TopMemoryContext, MAX_CONNECTIONS);
-	serve();
+	if (may_start())
+	{
+		http = http_create(TopMemoryContext, MAX_CONNECTIONS);
+		serve();
+	}
 	proc_exit(0);
 }

@@ -16,9 +16,9 @@ import sys
 # being that of its header (others may have one of their own)
 LAYERS = [
     # what all may know
-    [["compat"], ["userpilot"], ["entities"]],
-    # alone, each: settings, pure decisions, the network
-    [["settings"], ["merge"], ["delivery"], ["change"],
+    [["compat"], ["userpilot"]],
+    # each alone: settings, keys of entities, pure decisions, the network
+    [["settings"], ["entities"], ["merge"], ["delivery"], ["change"],
      ["http", "http_transfer", "http_url"]],
     # made of one of those
     [["clock"], ["payload"], ["api"], ["options"]],
@@ -105,12 +105,9 @@ def wrong_includes(files, found):
             if match.group(1) not in files or None in (here, there):
                 continue
             if here[1] != there[1] and there[0] >= here[0]:
-                own = match.group(1) == "environment.h" and \
-                    here[1] == "environment_enabled"
-                if not own:
-                    yield "%s:%d: layer %d includes %s of layer %d" % (
-                        name, line_of(text, match.start()), here[0],
-                        match.group(1), there[0])
+                yield "%s:%d: layer %d includes %s of layer %d" % (
+                    name, line_of(text, match.start()), here[0],
+                    match.group(1), there[0])
 
 
 def wrong_places(files, pattern, allowed):
