@@ -67,6 +67,16 @@ expected_ms(const Bulk *bulk)
 	return (int64) bulk->job.records * 60000 / USERPILOT_RECORDS_PER_MINUTE + JOB_FIXED_MS;
 }
 
+/* It takes so long that newer changes of its entities go out beside it */
+bool
+bulk_overdue(const Sender *sender, int64 now)
+{
+	const Bulk *bulk = &sender->bulk;
+
+	return (bulk->state == BULK_RUNNING || bulk->state == BULK_UNKNOWN) &&
+		now - bulk->since >= delivery_job_overdue(expected_ms(bulk));
+}
+
 static void
 enter(Bulk *bulk, BulkState state, int64 at)
 {
@@ -287,7 +297,7 @@ sweep_needed(const Sender *sender)
 {
 	const Bulk *bulk = &sender->bulk;
 
-	return bulk->done != NULL || bulk->solo != NULL || sender->rt.overflow ||
+	return bulk->done != NULL || bulk->solo != NULL || realtime_backlogged(sender) ||
 		queue_has_rows(sender->env->server, true);
 }
 

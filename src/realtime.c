@@ -25,6 +25,9 @@
 /* Marked entities per connection: enough to keep each busy over a commit */
 #define READY_PER_CONNECTION 4
 
+/* With more than this waiting, a job of most of them is the faster way */
+#define BACKLOG_ENTITIES 400
+
 /* An entity held by a job is looked at again after so long (API ms) */
 #define HELD_MS 1000
 
@@ -150,7 +153,15 @@ pending_drop_sent(Realtime *rt, Pending *pending)
 	memmove(pending->rows, pending->rows + pending->nsent, left * sizeof(QueueRow *));
 	rt->rows -= pending->nsent;
 	pending->nrows = left;
+	pending->nprovisional = Max(pending->nprovisional - pending->nsent, 0);
 	pending_wait(rt, pending, 0);
+}
+
+/* More waits than a job would take: the bulk lane is to have its share */
+bool
+realtime_backlogged(const Sender *sender)
+{
+	return sender->rt.overflow || sender->rt.pending->members > BACKLOG_ENTITIES;
 }
 
 bool
@@ -227,7 +238,7 @@ realtime_look(Sender *sender)
 		rt->snapshot = datumCopy(snapshot, false, -1);
 		MemoryContextSwitchTo(old);
 	}
-	if (rt->overflow)
+	if (realtime_backlogged(sender))
 		sender->bulk.dirty = true;
 	return n > 0;
 }
@@ -259,6 +270,21 @@ realtime_wave_due(const Sender *sender, int64 now)
 		now >= rt->due_at;
 }
 
+/*
+ * An entity of a running job waits for its end, or the job could overwrite
+ * what is newer.  Beside an overdue job newer rows go out all the same, but
+ * provisionally: they stay queued, their keys unknown, and go out once more
+ * when the job has ended.
+ */
+static bool
+held(const Sender *sender, Pending *pending, int64 now)
+{
+	pending->provisional = bulk_holds(sender, pending->key);
+	if (!pending->provisional)
+		return false;
+	return !bulk_overdue(sender, now) || pending->nprovisional == pending->nrows;
+}
+
 /* Takes up to max entities that may go out of waiting */
 static int
 choose(Sender *sender, Pending **chosen, int max, int64 now)
@@ -277,7 +303,7 @@ choose(Sender *sender, Pending **chosen, int max, int64 now)
 			due_at = now;
 			break;
 		}
-		if (pending->not_before <= now && bulk_holds(sender, pending->key))
+		if (pending->not_before <= now && held(sender, pending, now))
 			pending->not_before = now + HELD_MS;
 		if (pending->not_before > now)
 			due_at = Min(due_at, pending->not_before);
@@ -375,6 +401,26 @@ make_ready(Realtime *rt, Pending *pending)
 	rt->nready++;
 }
 
+/* Beside an overdue job even what needs no sending stays queued until it ends;
+ * returns how many are left */
+static int
+keep_provisional(Realtime *rt, Pending **nothing, int n, int64 now)
+{
+	int			left = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (!nothing[i]->provisional)
+		{
+			nothing[left++] = nothing[i];
+			continue;
+		}
+		nothing[i]->nprovisional = nothing[i]->nrows;
+		pending_wait(rt, nothing[i], now + HELD_MS);
+	}
+	return left;
+}
+
 /*
  * Marks the next entities; those Userpilot already has are done at once.
  * Returns whether anything was marked, so that the commit must be durable.
@@ -397,17 +443,18 @@ realtime_wave(Sender *sender, int64 now)
 	{
 		MemoryContext old = MemoryContextSwitchTo(chosen[i]->merge_context);
 
-		if (merge_finish(chosen[i]->profile.merge) == 0 && chosen[i]->profile.exists)
+		if (merge_finish(chosen[i]->profile.merge) > 0 || !chosen[i]->profile.exists)
+			marked[nmarked++] = chosen[i];
+		else
 		{
 			merge_mark(chosen[i]->profile.merge);
 			nothing[nnothing++] = chosen[i];
 		}
-		else
-			marked[nmarked++] = chosen[i];
 		MemoryContextSwitchTo(old);
 	}
 	for (int i = 0; i < nmarked; i++)
 		make_ready(rt, marked[i]);
+	nnothing = keep_provisional(rt, nothing, nnothing, now);
 
 	write_profiles(sender, nothing, nnothing, PROFILE_RAISED);
 	write_profiles(sender, marked, nmarked, PROFILE_MARKED);
@@ -541,6 +588,12 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 	switch (decision.action)
 	{
 		case DELIVERY_LEARN:
+			if (pending->provisional)
+			{
+				pending->nprovisional = pending->nsent;
+				pending_wait(rt, pending, now + HELD_MS);
+				break;
+			}
 			old = MemoryContextSwitchTo(pending->merge_context);
 			merge_learn(profile->merge);
 			MemoryContextSwitchTo(old);

@@ -50,6 +50,8 @@ typedef struct Pending
 	int			nrows;
 	int			maxrows;
 	int			nsent;			/* first rows, covered by the body under way */
+	int			nprovisional;	/* first rows, sent beside an overdue job */
+	bool		provisional;	/* the body under way is */
 	int64		not_before;
 	int64		failed_at;
 	int64		started_at;
@@ -184,6 +186,7 @@ extern bool realtime_wave_due(const Sender *sender, int64 now);
 extern bool realtime_wave(Sender *sender, int64 now);
 extern void realtime_start(Sender *sender, int64 now);
 extern void realtime_answered(Sender *sender, HttpResult **results, int n, int64 now);
+extern bool realtime_backlogged(const Sender *sender);
 extern bool realtime_in_flight(const Sender *sender, EntityKey key);
 extern void realtime_add_solo(Sender *sender, QueueRow **rows, int n);
 extern int64 realtime_next_at(const Sender *sender, int64 now);
@@ -199,6 +202,7 @@ extern void bulk_start(Sender *sender, int64 now);
 extern void bulk_answered(Sender *sender, HttpResult *result, int64 now);
 extern bool bulk_prepare(Sender *sender);
 extern bool bulk_holds(const Sender *sender, EntityKey key);
+extern bool bulk_overdue(const Sender *sender, int64 now);
 extern int64 bulk_next_at(const Sender *sender, int64 now);
 
 #endif

@@ -79,12 +79,22 @@ typedef struct Sweep
 
 /* ------------------------------------------------------------- the pass */
 
+/* Of a real-time backlog the lane keeps its share of both lanes' capacity */
+static bool
+stays_in_realtime(const QueueRow *row)
+{
+	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
+
+	return entity_hash(key) % (USERPILOT_REQUESTS_PER_MINUTE + USERPILOT_RECORDS_PER_MINUTE) <
+		USERPILOT_REQUESTS_PER_MINUTE;
+}
+
 static bool
 takes_into_job(Sweep *sweep, const QueueRow *row)
 {
 	Sender	   *sender = sweep->sender;
 
-	if (!row->bulk && !sender->rt.overflow)
+	if (!row->bulk && (!realtime_backlogged(sender) || stays_in_realtime(row)))
 		return false;
 	if ((sweep->kind_chosen && row->kind != sweep->kind) ||
 		sweep->njob >= sender->bulk.record_limit)
