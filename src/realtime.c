@@ -17,7 +17,7 @@
 #include "history.h"
 #include "ledger.h"
 #include "payload.h"
-#include "sender.h"
+#include "pending.h"
 
 /* Rows kept in memory; past them the bulk lane takes over */
 #define MAX_ROWS 20000
@@ -43,118 +43,6 @@ realtime_init(Sender *sender)
 	dlist_init(&rt->ready);
 	dlist_init(&rt->calling);
 	rt->look_due = true;
-}
-
-/* -------------------------------------------------------------- pending */
-
-static Pending *
-pending_find(const Realtime *rt, EntityKey key)
-{
-	EntityEntry *entry = entities_lookup(rt->pending, key);
-
-	return entry ? entry->data : NULL;
-}
-
-static Pending *
-pending_create(Realtime *rt, EntityKey key)
-{
-	MemoryContext context = AllocSetContextCreate(rt->context, "userpilot entity",
-												  ALLOCSET_SMALL_SIZES);
-	Pending    *pending = MemoryContextAllocZero(context, sizeof(Pending));
-	EntityEntry *entry;
-	bool		found;
-	char	   *id = MemoryContextAlloc(context, key.len + 1);
-
-	memcpy(id, key.id, key.len);
-	id[key.len] = '\0';
-	pending->key = key;
-	pending->key.id = id;
-	pending->context = context;
-	pending->maxrows = 4;
-	pending->rows = MemoryContextAlloc(context, pending->maxrows * sizeof(QueueRow *));
-	entry = entities_insert(rt->pending, pending->key, &found);
-	Assert(!found);
-	entry->data = pending;
-	dlist_push_tail(&rt->waiting, &pending->node);
-	return pending;
-}
-
-static void
-pending_free(Realtime *rt, Pending *pending)
-{
-	dlist_delete(&pending->node);
-	entities_delete(rt->pending, pending->key);
-	rt->rows -= pending->nrows;
-	rt->solos -= pending->solo;
-	MemoryContextDelete(pending->context);
-}
-
-static bool
-pending_has(const Pending *pending, const QueueRow *row)
-{
-	for (int i = 0; i < pending->nrows; i++)
-	{
-		if (ItemPointerEquals(&pending->rows[i]->tid, (ItemPointer) &row->tid) &&
-			pending->rows[i]->lsn == row->lsn)
-			return true;
-	}
-	return false;
-}
-
-static Pending *
-pending_add(Realtime *rt, const QueueRow *row)
-{
-	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
-	Pending    *pending = pending_find(rt, key);
-	MemoryContext old;
-
-	if (pending == NULL)
-		pending = pending_create(rt, key);
-	else if (rt->snapshot == 0 && pending_has(pending, row))
-		return pending;			/* a look at all met one that had stayed */
-
-	old = MemoryContextSwitchTo(pending->context);
-	if (pending->nrows == pending->maxrows)
-	{
-		pending->maxrows *= 2;
-		pending->rows = repalloc(pending->rows, pending->maxrows * sizeof(QueueRow *));
-	}
-	pending->rows[pending->nrows++] = queue_row_copy(row);
-	MemoryContextSwitchTo(old);
-	rt->rows++;
-	return pending;
-}
-
-/* Its body is no longer under way: back to waiting, what was sent unknown */
-static void
-pending_wait(Realtime *rt, Pending *pending, int64 not_before)
-{
-	if (pending->merge_context)
-		MemoryContextDelete(pending->merge_context);
-	pending->merge_context = NULL;
-	pending->state = PENDING_WAITING;
-	pending->nsent = 0;
-	pending->not_before = not_before;
-	dlist_delete(&pending->node);
-	dlist_push_tail(&rt->waiting, &pending->node);
-}
-
-/* The first nsent rows are done with */
-static void
-pending_drop_sent(Realtime *rt, Pending *pending)
-{
-	int			left = pending->nrows - pending->nsent;
-
-	if (left == 0)
-	{
-		pending_free(rt, pending);
-		return;
-	}
-	memmove(pending->rows, pending->rows + pending->nsent, left * sizeof(QueueRow *));
-	rt->rows -= pending->nsent;
-	pending->nrows = left;
-	pending->nprovisional = Max(pending->nprovisional - pending->nsent, 0);
-	pending_wait(rt, pending, 0);
 }
 
 /* More waits than a job would take: the bulk lane is to have its share */
@@ -477,7 +365,7 @@ realtime_start(Sender *sender, int64 now)
 
 	if (wanted <= 0 || now < rt->lane.not_before)
 		return;
-	granted = state_calls_take(sender->env->fingerprint, sender->env->requests_per_minute,
+	granted = quota_calls_take(sender->env->fingerprint, sender->env->requests_per_minute,
 							   wanted, now, &wait_until);
 	if (granted == 0)
 		rt->lane.not_before = Max(rt->lane.not_before, wait_until);
@@ -500,7 +388,7 @@ realtime_start(Sender *sender, int64 now)
 			continue;
 
 		/* it never left: as if the network had refused it */
-		state_calls_ended(sender->env->fingerprint, 1, now);
+		quota_calls_ended(sender->env->fingerprint, 1, now);
 		rt->ncalling--;
 		sender_error(sender, error);
 		pending_wait(rt, pending, now + delivery_entity_backoff(1, 1.0));
@@ -638,7 +526,7 @@ realtime_answered(Sender *sender, HttpResult **results, int n, int64 now)
 		rt->ncalling--;
 		answered(sender, pending, results[i], now, learned, &nlearned);
 	}
-	state_calls_ended(sender->env->fingerprint, n, now);
+	quota_calls_ended(sender->env->fingerprint, n, now);
 	write_profiles(sender, learned, nlearned, PROFILE_LEARNED);
 	delete_sent(learned, nlearned);
 	for (int i = 0; i < nlearned; i++)

@@ -18,6 +18,7 @@
 #include "environment.h"
 #include "http.h"
 #include "jobs.h"
+#include "quota.h"
 #include "profiles.h"
 #include "queue.h"
 #include "state.h"

@@ -1,16 +1,12 @@
 /*
  * state.c
- *	  Shared memory: who is to be woken, and what one application may do.
+ *	  Shared memory: who is to be woken, and which worker is to run.
  *
  * The latch is a hint, the counter is the truth: a commit raises its
  * database's counter under the slot's spinlock and then sets a latch; a
  * worker leaves only if, under the same spinlock, nothing came since it last
  * looked.  Slots are never freed while the server runs, so a backend may keep
  * a pointer to its own.
- *
- * The limit on calls is kept strictly, whatever the network does: a call
- * counts from its start until a minute after its end.  Any two calls that
- * reach the API within one minute are then counted against each other.
  */
 #include "postgres.h"
 
@@ -23,17 +19,11 @@
 #include "storage/spin.h"
 
 #include "clock.h"
+#include "quota.h"
 #include "settings.h"
 #include "state.h"
 
 #define STATE_TRANCHE "userpilot"
-
-/* A minute of ended calls, in bins of half a second of API time */
-#define BIN_MS 500
-#define BINS (60 * 1000 / BIN_MS + 1)
-
-/* Databases that can share an application and have their ledgers counted */
-#define SEEDS 16
 
 /* Crash-loop brake: after this many unclean ends without progress, wait */
 #define FAILURES_FREE 3
@@ -61,26 +51,13 @@ typedef struct StateSlot
 	bool		no_worker_slot; /* max_worker_processes reached */
 } StateSlot;
 
-typedef struct StateApplication
-{
-	uint64		id;				/* 0: free */
-	int			in_flight;
-	int64		last_bin;
-	int			ended[BINS];
-	int			job_holder;		/* pid of the worker whose job runs */
-	int64		used_at;
-	int			nseeded;
-	Oid			seeded[SEEDS];	/* databases whose ledger has been counted */
-} StateApplication;
-
 typedef struct StateShared
 {
-	LWLock	   *lock;			/* assigning slots, and all applications */
+	LWLock	   *lock;			/* assigning slots */
 	Latch	   *launcher_latch;
 	int			launcher_pid;
 	int			nslots;
 	StateSlot  *slots;
-	StateApplication *applications;
 } StateShared;
 
 static StateShared *shared = NULL;
@@ -88,16 +65,6 @@ static StateSlot *my_slot = NULL;
 static bool commit_wakes = false;
 static bool commit_reads_all = false;
 static bool commit_has_bulk = false;
-
-/* What this worker holds, to be given back whatever ends it */
-typedef struct StateHeld
-{
-	uint64		application;
-	int			in_flight;
-} StateHeld;
-
-static StateHeld held[16];
-static int	nheld = 0;
 
 static shmem_request_hook_type prev_shmem_request = NULL;
 static shmem_startup_hook_type prev_shmem_startup = NULL;
@@ -108,7 +75,6 @@ state_size(void)
 	Size		size = MAXALIGN(sizeof(StateShared));
 
 	size = add_size(size, mul_size(userpilot_max_databases, MAXALIGN(sizeof(StateSlot))));
-	size = add_size(size, mul_size(userpilot_max_databases, MAXALIGN(sizeof(StateApplication))));
 	return size;
 }
 
@@ -117,8 +83,9 @@ state_shmem_request(void)
 {
 	if (prev_shmem_request)
 		prev_shmem_request();
-	RequestAddinShmemSpace(state_size());
+	RequestAddinShmemSpace(add_size(state_size(), quota_size()));
 	RequestNamedLWLockTranche(STATE_TRANCHE, 1);
+	RequestNamedLWLockTranche(QUOTA_TRANCHE, 1);
 }
 
 static void
@@ -140,11 +107,10 @@ state_shmem_startup(void)
 		shared->nslots = userpilot_max_databases;
 		base += MAXALIGN(sizeof(StateShared));
 		shared->slots = (StateSlot *) base;
-		base += shared->nslots * MAXALIGN(sizeof(StateSlot));
-		shared->applications = (StateApplication *) base;
 		for (int i = 0; i < shared->nslots; i++)
 			SpinLockInit(&shared->slots[i].mutex);
 	}
+	quota_startup();
 	LWLockRelease(AddinShmemInitLock);
 }
 
@@ -282,12 +248,7 @@ state_commit(void)
 static void
 worker_detach(int code, Datum arg)
 {
-	for (int i = 0; i < nheld; i++)
-	{
-		if (held[i].in_flight > 0)
-			state_calls_ended(held[i].application, held[i].in_flight, clock_now());
-		state_job_slot_release(held[i].application);
-	}
+	quota_give_back();
 
 	SpinLockAcquire(&my_slot->mutex);
 	if (my_slot->worker_pid == MyProcPid)
@@ -564,168 +525,4 @@ state_launch_problem(Oid database)
 	if (slot->failures >= FAILURES_FREE && slot->worker_pid == 0)
 		return "the worker ended uncleanly several times in a row: see the server log";
 	return NULL;
-}
-
-/* ---------------------------------------------------------------- limits */
-
-/* The application's record; the least recently used one gives way */
-static StateApplication *
-application_find(uint64 id)
-{
-	StateApplication *oldest = NULL;
-
-	for (int i = 0; i < shared->nslots; i++)
-	{
-		StateApplication *app = &shared->applications[i];
-
-		if (app->id == id)
-			return app;
-		if (app->in_flight == 0 && app->job_holder == 0 &&
-			(oldest == NULL || app->used_at < oldest->used_at))
-			oldest = app;
-	}
-	if (oldest != NULL)
-	{
-		memset(oldest, 0, sizeof(*oldest));
-		oldest->id = id;
-	}
-	return oldest;
-}
-
-static void
-held_add(uint64 application, int calls)
-{
-	for (int i = 0; i < nheld; i++)
-	{
-		if (held[i].application == application)
-		{
-			held[i].in_flight = Max(held[i].in_flight + calls, 0);
-			return;
-		}
-	}
-	if (nheld < (int) lengthof(held))
-	{
-		held[nheld].application = application;
-		held[nheld++].in_flight = calls;
-	}
-}
-
-/* Forgets what ended more than a minute ago; returns what counts still */
-static int
-calls_counted(StateApplication *app, int64 now)
-{
-	int64		bin = now / BIN_MS;
-	int			n = app->in_flight;
-
-	if (bin - app->last_bin >= BINS)
-		memset(app->ended, 0, sizeof(app->ended));
-	else
-		for (int64 b = app->last_bin + 1; b <= bin; b++)
-			app->ended[b % BINS] = 0;
-	app->last_bin = Max(bin, app->last_bin);
-	for (int i = 0; i < BINS; i++)
-		n += app->ended[i];
-	return n;
-}
-
-/*
- * Takes the right to start up to "wanted" calls now; returns how many.  If
- * none, *wait_until says when to ask again.  Each must be given back with
- * state_calls_ended when its call has ended.
- */
-int
-state_calls_take(uint64 application, int per_minute, int wanted,
-				 int64 now, int64 *wait_until)
-{
-	StateApplication *app;
-	int			granted = 0;
-
-	*wait_until = now + BIN_MS;
-	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	app = application_find(application);
-	if (app != NULL)
-	{
-		app->used_at = now;
-		granted = Min(wanted, per_minute - calls_counted(app, now));
-		granted = Max(granted, 0);
-		app->in_flight += granted;
-	}
-	LWLockRelease(shared->lock);
-
-	held_add(application, granted);
-	return granted;
-}
-
-/*
- * What this database's ledger says was called before shared memory was new:
- * counts as ended now, once.
- */
-void
-state_calls_seed(uint64 application, int n, int64 now)
-{
-	StateApplication *app;
-	bool		known = false;
-
-	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	app = application_find(application);
-	for (int i = 0; app != NULL && i < app->nseeded; i++)
-		known |= app->seeded[i] == MyDatabaseId;
-	if (app != NULL && !known && app->nseeded < SEEDS)
-	{
-		app->seeded[app->nseeded++] = MyDatabaseId;
-		(void) calls_counted(app, now);
-		app->ended[app->last_bin % BINS] += n;
-	}
-	LWLockRelease(shared->lock);
-}
-
-void
-state_calls_ended(uint64 application, int n, int64 now)
-{
-	StateApplication *app;
-
-	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	app = application_find(application);
-	if (app != NULL)
-	{
-		(void) calls_counted(app, now);
-		app->in_flight = Max(app->in_flight - n, 0);
-		app->ended[app->last_bin % BINS] += n;
-		app->used_at = now;
-	}
-	LWLockRelease(shared->lock);
-	held_add(application, -n);
-}
-
-/* One job at a time for an application, whoever's; idempotent for a holder */
-bool
-state_job_slot_take(uint64 application)
-{
-	StateApplication *app;
-	bool		mine = false;
-
-	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	app = application_find(application);
-	if (app != NULL && (app->job_holder == 0 || app->job_holder == MyProcPid))
-	{
-		app->job_holder = MyProcPid;
-		mine = true;
-	}
-	LWLockRelease(shared->lock);
-	held_add(application, 0);
-	return mine;
-}
-
-void
-state_job_slot_release(uint64 application)
-{
-	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
-	for (int i = 0; i < shared->nslots; i++)
-	{
-		StateApplication *app = &shared->applications[i];
-
-		if (app->id == application && app->job_holder == MyProcPid)
-			app->job_holder = 0;
-	}
-	LWLockRelease(shared->lock);
 }

@@ -1,11 +1,9 @@
 /*
  * state.h
- *	  Shared memory: who is to be woken, and what one application may do.
+ *	  Shared memory: who is to be woken, and which worker is to run.
  *
  * A slot per database joins the backends that queue, the worker that
- * delivers and the launcher that starts it.  A record per application
- * (endpoint and key) holds the limits, which are the application's even if
- * several databases or servers share it.
+ * delivers and the launcher that starts it.
  */
 #ifndef USERPILOT_STATE_H
 #define USERPILOT_STATE_H
@@ -53,13 +51,5 @@ extern StateLaunch state_launcher_next(int64 now, Oid *database, int64 *wait_unt
 extern void state_launcher_started(Oid database, bool registered);
 extern void state_launcher_ended(Oid database, int64 now);
 extern const char *state_launch_problem(Oid database);
-
-/* Limits of one application */
-extern int	state_calls_take(uint64 application, int per_minute, int wanted,
-							 int64 now, int64 *wait_until);
-extern void state_calls_seed(uint64 application, int n, int64 now);
-extern void state_calls_ended(uint64 application, int n, int64 now);
-extern bool state_job_slot_take(uint64 application);
-extern void state_job_slot_release(uint64 application);
 
 #endif

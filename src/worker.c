@@ -196,7 +196,7 @@ load_senders(void)
 				continue;
 			}
 			bulk_recover(sender);
-			state_calls_seed(sender->env->fingerprint,
+			quota_calls_seed(sender->env->fingerprint,
 							 ledger_recent_calls(sender->env->server), clock_now());
 			senders[nsenders++] = sender;
 		}
@@ -215,7 +215,7 @@ load_senders(void)
 	{
 		if (!senders[i]->stale || in_flight(senders[i]))
 			continue;
-		state_job_slot_release(senders[i]->env->fingerprint);
+		quota_job_slot_release(senders[i]->env->fingerprint);
 		sender_destroy(senders[i]);
 		senders[i] = senders[--nsenders];
 	}

@@ -204,7 +204,7 @@ sub send_heavy
 }
 is(send_heavy(13), 'json 13',   'below 8 MB JSON is sent');
 is(send_heavy(14), 'ndjson 14', 'above it, a file');
-is(send_heavy(95), 'ndjson 83, ndjson 12', '57 MB make two jobs below 50 MB');
+is(send_heavy(95), 'ndjson 83, json 12', '57 MB make two jobs below 50 MB');
 is(sql('SELECT count(*) FROM userpilot_jobs WHERE bytes > 50000000'), 0, '... each');
 oracle_equals($node, 'postgres', $api, 'heavy', companies => 'SELECT * FROM heavy');
 no_violations($api, 'heavy');

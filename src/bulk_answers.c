@@ -1,0 +1,298 @@
+/*
+ * bulk_answers.c
+ *	  The bulk lane: what each answer means for the job.
+ */
+#include "postgres.h"
+
+#include "utils/memutils.h"
+
+#include "api.h"
+#include "bulk_job.h"
+#include "history.h"
+
+/* A list without the job is believed this long after the lost answer, and
+ * when seen twice: an upload may take a while to appear (API ms) */
+#define UNKNOWN_MS (10 * 1000)
+#define UNKNOWN_LOOKS 2
+
+static void
+answered_ask(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecision *decision, int64 now)
+{
+	Bulk	   *bulk = &sender->bulk;
+
+	/* a list that is not to be had: let the submission find out */
+	if (decision->action == DELIVERY_BACKOFF)
+		n = 0;
+	else if (decision->action != DELIVERY_LEARN)
+		return;
+	for (int i = 0; i < n; i++)
+	{
+		if (!api_job_is_final(jobs[i].status))
+		{
+			bulk->waiting_for_slot = true;
+			bulk->next_at = now + delivery_poll_interval(now - bulk->since, 5 * 60 * 1000);
+			return;
+		}
+	}
+	bulk_enter(bulk, BULK_PREPARE, now);
+}
+
+static void
+adopt(Sender *sender, const ApiJob *job, int64 now)
+{
+	Bulk	   *bulk = &sender->bulk;
+	JobNews		news = JOB_NO_NEWS;
+
+	bulk->job.job_id = MemoryContextStrdup(bulk->job_context, job->job_id);
+	news.job_id = job->job_id;
+	news.status = api_job_is_final(job->status) ? "processing" : job->status;
+	news.submitted = true;
+	jobs_update(bulk->job.id, &news);
+	bulk_enter(bulk, BULK_RUNNING, now);
+}
+
+/* Is the job of which no answer came among those Userpilot knows? */
+static void
+answered_unknown(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecision *decision, int64 now)
+{
+	Bulk	   *bulk = &sender->bulk;
+	bool		slot_free = true;
+
+	if (decision->action != DELIVERY_LEARN)
+	{
+		bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk));
+		return;
+	}
+	for (int i = 0; i < n; i++)
+	{
+		if (bulk->job.ndjson && bulk->job.filename != NULL &&
+			strcmp(jobs[i].filename, bulk->job.filename) == 0)
+		{
+			adopt(sender, &jobs[i], now);
+			return;
+		}
+		slot_free &= api_job_is_final(jobs[i].status);
+	}
+
+	bulk->unknown_looks = slot_free ? bulk->unknown_looks + 1 : 0;
+	if (bulk->unknown_looks >= UNKNOWN_LOOKS && now - bulk->since >= UNKNOWN_MS)
+	{
+		bulk_refused(sender, "no answer came, and Userpilot runs no such job", false);
+		bulk->since = now;
+		bulk_enter(bulk, BULK_ASK, now);
+		return;
+	}
+	bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk));
+}
+
+static void
+accepted(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
+{
+	Bulk	   *bulk = &sender->bulk;
+	JobNews		news = JOB_NO_NEWS;
+
+	bulk->job.job_id = MemoryContextStrdup(bulk->job_context, job->job_id);
+	news.status = job->status[0] && !api_job_is_final(job->status) ? job->status : "queued";
+	news.job_id = job->job_id;
+	news.total_rows = job->total_rows;
+	news.http_status = result->status;
+	news.request_id = result->request_id;
+	news.response = sender_answer_text(result);
+	news.submitted = true;
+	jobs_update(bulk->job.id, &news);
+	bulk->since = now;
+	bulk_enter(bulk, BULK_RUNNING, now + delivery_poll_interval(0, bulk_expected_ms(bulk)));
+}
+
+static void
+note_refusal(Sender *sender, const HttpResult *result, const char *error)
+{
+	JobNews		news = JOB_NO_NEWS;
+
+	news.http_status = result->status;
+	news.request_id = result->request_id[0] ? result->request_id : NULL;
+	news.error = error;
+	if (result->body_len > 0)
+		news.response = sender_answer_text(result);
+	jobs_update(sender->bulk.job.id, &news);
+}
+
+static void
+answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
+				const DeliveryDecision *decision, const char *error, int64 now)
+{
+	Bulk	   *bulk = &sender->bulk;
+
+	MemoryContextReset(bulk->body_context);
+	if (decision->action == DELIVERY_LEARN)
+	{
+		accepted(sender, result, job, now);
+		return;
+	}
+	note_refusal(sender, result, error);
+	switch (decision->action)
+	{
+		case DELIVERY_CONFLICT:
+			bulk_refused(sender, error, true);
+			bulk->waiting_for_slot = true;
+			bulk->since = now;
+			bulk_enter(bulk, BULK_ASK, now + delivery_poll_interval(0, 0));
+			break;
+		case DELIVERY_SHRINK:
+			bulk->record_limit = Max(bulk->job.records / 2, 1);
+			bulk_refused(sender, error, true);
+			bulk_enter(bulk, BULK_ASK, now);
+			break;
+		case DELIVERY_DEAD:		/* alone it will get its own answer */
+		case DELIVERY_DISSOLVE:
+			bulk_dissolved(sender, error);
+			break;
+		case DELIVERY_UNKNOWN:
+			bulk_unknown(sender, error, now);
+			break;
+		case DELIVERY_BACKOFF:
+			bulk->next_at = now + delivery_entity_backoff(bulk->job.attempts, sender_random());
+			break;
+		case DELIVERY_THROTTLE:
+		case DELIVERY_OUTAGE:
+		case DELIVERY_PAUSE:
+		case DELIVERY_LEARN:
+			break;				/* the lane waits; then it is submitted again */
+	}
+}
+
+static void
+note_poll(Sender *sender, const HttpResult *result, const ApiJob *job)
+{
+	JobNews		news = JOB_NO_NEWS;
+
+	/* final states are ours to write, once they are acted upon */
+	if (!api_job_is_final(job->status) && job->status[0])
+		news.status = job->status;
+	news.total_rows = job->total_rows;
+	news.completed_rows = job->completed_rows;
+	news.http_status = result->status;
+	news.response = sender_answer_text(result);
+	news.polled = true;
+	jobs_update(sender->bulk.job.id, &news);
+	sender->bulk.last_completed = Max(job->completed_rows, 0);
+}
+
+static void
+answered_poll(Sender *sender, const HttpResult *result, const ApiJob *job,
+			  const DeliveryDecision *decision, const char *error, int64 now)
+{
+	Bulk	   *bulk = &sender->bulk;
+
+	bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk));
+	if (decision->action == DELIVERY_UNKNOWN)
+	{
+		bulk_unknown(sender, error, now);
+		return;
+	}
+	if (decision->action != DELIVERY_LEARN)
+		return;
+	note_poll(sender, result, job);
+	switch (delivery_job_end(job->status, bulk->job.records, job->total_rows, job->completed_rows))
+	{
+		case DELIVERY_JOB_RUNNING:
+			break;
+		case DELIVERY_JOB_COMPLETED:
+			bulk_completed(sender);
+			break;
+		case DELIVERY_JOB_SHORT:
+			bulk_dissolved(sender, psprintf("completed with %d of %d records",
+										   (int) job->completed_rows, bulk->job.records));
+			break;
+		case DELIVERY_JOB_FAILED:
+			bulk_failed(sender, now);
+			break;
+	}
+}
+
+static DeliveryCall
+call_of(BulkState state)
+{
+	switch (state)
+	{
+		case BULK_ASK:
+		case BULK_UNKNOWN:
+			return DELIVERY_LIST;
+		case BULK_SUBMIT:
+			return DELIVERY_SUBMIT;
+		case BULK_RUNNING:
+			return DELIVERY_POLL;
+		case BULK_IDLE:
+		case BULK_PREPARE:
+			break;
+	}
+	elog(ERROR, "no call is made in bulk state %d", (int) state);
+	return DELIVERY_LIST;
+}
+
+static void
+log_call(Sender *sender, const HttpResult *result, DeliveryCall call,
+		 const DeliveryDecision *decision, const char *error)
+{
+	HistoryCall entry = {
+		.server = sender->env->server,
+		.method = call == DELIVERY_SUBMIT ? "POST" : "GET",
+		.path = "/v1/background_jobs",
+		.job = call == DELIVERY_LIST ? 0 : sender->bulk.job.id,
+		.outcome = delivery_action_name(decision->action),
+		.error = error
+	};
+
+	if (call == DELIVERY_SUBMIT)
+		entry.path = api_submit_path(sender->bulk.job.kind);
+	else if (call == DELIVERY_POLL)
+		entry.path = psprintf("/v1/background_jobs/%s", sender->bulk.job.job_id);
+	history_call(&entry, result);
+}
+
+void
+bulk_answered(Sender *sender, HttpResult *result, int64 now)
+{
+	Bulk	   *bulk = &sender->bulk;
+	DeliveryCall call = call_of(bulk->state);
+	DeliveryAnswer answer = sender_answer(sender, call, result);
+	DeliveryDecision decision;
+	const char *error = NULL;
+	ApiJob		job = {0};
+	ApiJob	   *jobs = NULL;
+	int			n = 0;
+
+	bulk->calling = false;
+	if (result->outcome == HTTP_ANSWERED && result->status / 100 == 2)
+		answer.understood = call == DELIVERY_LIST ?
+			api_read_jobs(result->body, result->body_len, &jobs, &n) :
+			api_read_job(result->body, result->body_len, &job);
+	answer.others_succeed = Max(bulk->lane.last_success, sender->rt.lane.last_success) >
+		bulk->call_started;
+	answer.records = bulk->job.records;
+	answer.attempts = bulk->job.attempts;
+	decision = delivery_decide(&answer);
+	if (decision.action != DELIVERY_LEARN)
+		error = sender_error_text(result);
+	log_call(sender, result, call, &decision, error);
+	lane_apply(sender, &bulk->lane, &decision, now, error);
+
+	switch (bulk->state)
+	{
+		case BULK_ASK:
+			answered_ask(sender, jobs, n, &decision, now);
+			break;
+		case BULK_UNKNOWN:
+			answered_unknown(sender, jobs, n, &decision, now);
+			break;
+		case BULK_SUBMIT:
+			answered_submit(sender, result, &job, &decision, error, now);
+			break;
+		case BULK_RUNNING:
+			answered_poll(sender, result, &job, &decision, error, now);
+			break;
+		case BULK_IDLE:
+		case BULK_PREPARE:
+			break;
+	}
+}

@@ -1,0 +1,21 @@
+/*
+ * bulk_job.h
+ *	  The ends a job can come to, shared by the bulk lane's files.
+ */
+#ifndef USERPILOT_BULK_JOB_H
+#define USERPILOT_BULK_JOB_H
+
+#include "sender.h"
+
+extern void bulk_enter(Bulk *bulk, BulkState state, int64 at);
+
+/* How long the job should take (API ms) */
+extern int64 bulk_expected_ms(const Bulk *bulk);
+
+extern void bulk_refused(Sender *sender, const char *error, bool give_back);
+extern void bulk_dissolved(Sender *sender, const char *error);
+extern void bulk_completed(Sender *sender);
+extern void bulk_failed(Sender *sender, int64 now);
+extern void bulk_unknown(Sender *sender, const char *error, int64 now);
+
+#endif

@@ -1,0 +1,121 @@
+/*
+ * pending.c
+ *	  Entities waiting in, or travelling through, the real-time lane.
+ *
+ * Each has a memory context of its own: when it is done with, all goes.
+ */
+#include "postgres.h"
+
+#include "utils/memutils.h"
+
+#include "pending.h"
+
+Pending *
+pending_find(const Realtime *rt, EntityKey key)
+{
+	EntityEntry *entry = entities_lookup(rt->pending, key);
+
+	return entry ? entry->data : NULL;
+}
+
+static Pending *
+pending_create(Realtime *rt, EntityKey key)
+{
+	MemoryContext context = AllocSetContextCreate(rt->context, "userpilot entity",
+												  ALLOCSET_SMALL_SIZES);
+	Pending    *pending = MemoryContextAllocZero(context, sizeof(Pending));
+	EntityEntry *entry;
+	bool		found;
+	char	   *id = MemoryContextAlloc(context, key.len + 1);
+
+	memcpy(id, key.id, key.len);
+	id[key.len] = '\0';
+	pending->key = key;
+	pending->key.id = id;
+	pending->context = context;
+	pending->maxrows = 4;
+	pending->rows = MemoryContextAlloc(context, pending->maxrows * sizeof(QueueRow *));
+	entry = entities_insert(rt->pending, pending->key, &found);
+	Assert(!found);
+	entry->data = pending;
+	dlist_push_tail(&rt->waiting, &pending->node);
+	return pending;
+}
+
+void
+pending_free(Realtime *rt, Pending *pending)
+{
+	dlist_delete(&pending->node);
+	entities_delete(rt->pending, pending->key);
+	rt->rows -= pending->nrows;
+	rt->solos -= pending->solo;
+	MemoryContextDelete(pending->context);
+}
+
+static bool
+pending_has(const Pending *pending, const QueueRow *row)
+{
+	for (int i = 0; i < pending->nrows; i++)
+	{
+		if (ItemPointerEquals(&pending->rows[i]->tid, (ItemPointer) &row->tid) &&
+			pending->rows[i]->lsn == row->lsn)
+			return true;
+	}
+	return false;
+}
+
+Pending *
+pending_add(Realtime *rt, const QueueRow *row)
+{
+	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
+	Pending    *pending = pending_find(rt, key);
+	MemoryContext old;
+
+	if (pending == NULL)
+		pending = pending_create(rt, key);
+	else if (rt->snapshot == 0 && pending_has(pending, row))
+		return pending;			/* a look at all met one that had stayed */
+
+	old = MemoryContextSwitchTo(pending->context);
+	if (pending->nrows == pending->maxrows)
+	{
+		pending->maxrows *= 2;
+		pending->rows = repalloc(pending->rows, pending->maxrows * sizeof(QueueRow *));
+	}
+	pending->rows[pending->nrows++] = queue_row_copy(row);
+	MemoryContextSwitchTo(old);
+	rt->rows++;
+	return pending;
+}
+
+/* Its body is no longer under way: back to waiting, what was sent unknown */
+void
+pending_wait(Realtime *rt, Pending *pending, int64 not_before)
+{
+	if (pending->merge_context)
+		MemoryContextDelete(pending->merge_context);
+	pending->merge_context = NULL;
+	pending->state = PENDING_WAITING;
+	pending->nsent = 0;
+	pending->not_before = not_before;
+	dlist_delete(&pending->node);
+	dlist_push_tail(&rt->waiting, &pending->node);
+}
+
+/* The first nsent rows are done with */
+void
+pending_drop_sent(Realtime *rt, Pending *pending)
+{
+	int			left = pending->nrows - pending->nsent;
+
+	if (left == 0)
+	{
+		pending_free(rt, pending);
+		return;
+	}
+	memmove(pending->rows, pending->rows + pending->nsent, left * sizeof(QueueRow *));
+	rt->rows -= pending->nsent;
+	pending->nrows = left;
+	pending->nprovisional = Max(pending->nprovisional - pending->nsent, 0);
+	pending_wait(rt, pending, 0);
+}

@@ -1,0 +1,22 @@
+/*
+ * pending.h
+ *	  Entities waiting in, or travelling through, the real-time lane.
+ */
+#ifndef USERPILOT_PENDING_H
+#define USERPILOT_PENDING_H
+
+#include "sender.h"
+
+extern Pending *pending_find(const Realtime *rt, EntityKey key);
+
+/* Adds a queue row to its entity, which is made if need be */
+extern Pending *pending_add(Realtime *rt, const QueueRow *row);
+extern void pending_free(Realtime *rt, Pending *pending);
+
+/* Its body is no longer under way: back to waiting, what was sent unknown */
+extern void pending_wait(Realtime *rt, Pending *pending, int64 not_before);
+
+/* The rows its body covered are done with; it waits again if it has more */
+extern void pending_drop_sent(Realtime *rt, Pending *pending);
+
+#endif

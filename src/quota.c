@@ -1,0 +1,253 @@
+/*
+ * quota.c
+ *	  Shared memory: what one application may do.
+ *
+ * The limits are the application's (endpoint and key), while workers are a
+ * database's, and several databases or servers may share a key.
+ *
+ * The limit on calls is kept strictly, whatever the network does: a call
+ * counts from its start until a minute after its end.  Any two calls that
+ * reach the API within one minute are then counted against each other.
+ */
+#include "postgres.h"
+
+#include "miscadmin.h"
+#include "storage/lwlock.h"
+#include "storage/shmem.h"
+
+#include "clock.h"
+#include "quota.h"
+#include "settings.h"
+
+/* A minute of ended calls, in bins of half a second of API time */
+#define BIN_MS 500
+#define BINS (60 * 1000 / BIN_MS + 1)
+
+/* Databases that can share an application and have their ledgers counted */
+#define SEEDS 16
+
+typedef struct Application
+{
+	uint64		id;				/* 0: free */
+	int			in_flight;
+	int64		last_bin;
+	int			ended[BINS];
+	int			job_holder;		/* pid of the worker whose job runs */
+	int64		used_at;
+	int			nseeded;
+	Oid			seeded[SEEDS];	/* databases whose ledger has been counted */
+} Application;
+
+typedef struct QuotaShared
+{
+	LWLock	   *lock;
+	int			n;
+	Application applications[FLEXIBLE_ARRAY_MEMBER];
+} QuotaShared;
+
+static QuotaShared *shared = NULL;
+
+/* What this worker holds, to be given back whatever ends it */
+typedef struct Held
+{
+	uint64		application;
+	int			in_flight;
+} Held;
+
+static Held held[16];
+static int	nheld = 0;
+
+Size
+quota_size(void)
+{
+	return MAXALIGN(add_size(offsetof(QuotaShared, applications),
+							 mul_size(userpilot_max_databases, sizeof(Application))));
+}
+
+/* With AddinShmemInitLock held */
+void
+quota_startup(void)
+{
+	bool		found;
+
+	shared = ShmemInitStruct(QUOTA_TRANCHE, quota_size(), &found);
+	if (found)
+		return;
+	memset(shared, 0, quota_size());
+	shared->lock = &(GetNamedLWLockTranche(QUOTA_TRANCHE))->lock;
+	shared->n = userpilot_max_databases;
+}
+
+/* The application's record; the least recently used one gives way */
+static Application *
+application_find(uint64 id)
+{
+	Application *oldest = NULL;
+
+	for (int i = 0; i < shared->n; i++)
+	{
+		Application *app = &shared->applications[i];
+
+		if (app->id == id)
+			return app;
+		if (app->in_flight == 0 && app->job_holder == 0 &&
+			(oldest == NULL || app->used_at < oldest->used_at))
+			oldest = app;
+	}
+	if (oldest != NULL)
+	{
+		memset(oldest, 0, sizeof(*oldest));
+		oldest->id = id;
+	}
+	return oldest;
+}
+
+static void
+held_add(uint64 application, int calls)
+{
+	for (int i = 0; i < nheld; i++)
+	{
+		if (held[i].application == application)
+		{
+			held[i].in_flight = Max(held[i].in_flight + calls, 0);
+			return;
+		}
+	}
+	if (nheld < (int) lengthof(held))
+	{
+		held[nheld].application = application;
+		held[nheld++].in_flight = calls;
+	}
+}
+
+/* Forgets what ended more than a minute ago; returns what counts still */
+static int
+calls_counted(Application *app, int64 now)
+{
+	int64		bin = now / BIN_MS;
+	int			n = app->in_flight;
+
+	if (bin - app->last_bin >= BINS)
+		memset(app->ended, 0, sizeof(app->ended));
+	else
+		for (int64 b = app->last_bin + 1; b <= bin; b++)
+			app->ended[b % BINS] = 0;
+	app->last_bin = Max(bin, app->last_bin);
+	for (int i = 0; i < BINS; i++)
+		n += app->ended[i];
+	return n;
+}
+
+/*
+ * Takes the right to start up to "wanted" calls now; returns how many.  If
+ * none, *wait_until says when to ask again.  Each must be given back with
+ * quota_calls_ended when its call has ended.
+ */
+int
+quota_calls_take(uint64 application, int per_minute, int wanted,
+				 int64 now, int64 *wait_until)
+{
+	Application *app;
+	int			granted = 0;
+
+	*wait_until = now + BIN_MS;
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	if (app != NULL)
+	{
+		app->used_at = now;
+		granted = Min(wanted, per_minute - calls_counted(app, now));
+		granted = Max(granted, 0);
+		app->in_flight += granted;
+	}
+	LWLockRelease(shared->lock);
+
+	held_add(application, granted);
+	return granted;
+}
+
+/*
+ * What this database's ledger says was called before shared memory was new:
+ * counts as ended now, once.
+ */
+void
+quota_calls_seed(uint64 application, int n, int64 now)
+{
+	Application *app;
+	bool		known = false;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	for (int i = 0; app != NULL && i < app->nseeded; i++)
+		known |= app->seeded[i] == MyDatabaseId;
+	if (app != NULL && !known && app->nseeded < SEEDS)
+	{
+		app->seeded[app->nseeded++] = MyDatabaseId;
+		(void) calls_counted(app, now);
+		app->ended[app->last_bin % BINS] += n;
+	}
+	LWLockRelease(shared->lock);
+}
+
+void
+quota_calls_ended(uint64 application, int n, int64 now)
+{
+	Application *app;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	if (app != NULL)
+	{
+		(void) calls_counted(app, now);
+		app->in_flight = Max(app->in_flight - n, 0);
+		app->ended[app->last_bin % BINS] += n;
+		app->used_at = now;
+	}
+	LWLockRelease(shared->lock);
+	held_add(application, -n);
+}
+
+/* One job at a time for an application, whoever's; idempotent for a holder */
+bool
+quota_job_slot_take(uint64 application)
+{
+	Application *app;
+	bool		mine = false;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	if (app != NULL && (app->job_holder == 0 || app->job_holder == MyProcPid))
+	{
+		app->job_holder = MyProcPid;
+		mine = true;
+	}
+	LWLockRelease(shared->lock);
+	held_add(application, 0);
+	return mine;
+}
+
+void
+quota_job_slot_release(uint64 application)
+{
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < shared->n; i++)
+	{
+		Application *app = &shared->applications[i];
+
+		if (app->id == application && app->job_holder == MyProcPid)
+			app->job_holder = 0;
+	}
+	LWLockRelease(shared->lock);
+}
+
+/* Everything this process holds, whatever ends it */
+void
+quota_give_back(void)
+{
+	for (int i = 0; i < nheld; i++)
+	{
+		if (held[i].in_flight > 0)
+			quota_calls_ended(held[i].application, held[i].in_flight, clock_now());
+		quota_job_slot_release(held[i].application);
+	}
+}

@@ -1,0 +1,25 @@
+/*
+ * quota.h
+ *	  Shared memory: what one application (endpoint and key) may do.
+ */
+#ifndef USERPILOT_QUOTA_H
+#define USERPILOT_QUOTA_H
+
+#define QUOTA_TRANCHE "userpilot quota"
+
+/* Called by state.c when shared memory is laid out */
+extern Size quota_size(void);
+extern void quota_startup(void);
+
+/* Everything this process holds, whatever ends it */
+extern void quota_give_back(void);
+
+/* An application is told by its fingerprint; times are API ms */
+extern int	quota_calls_take(uint64 application, int per_minute, int wanted,
+							 int64 now, int64 *wait_until);
+extern void quota_calls_seed(uint64 application, int n, int64 now);
+extern void quota_calls_ended(uint64 application, int n, int64 now);
+extern bool quota_job_slot_take(uint64 application);
+extern void quota_job_slot_release(uint64 application);
+
+#endif
