@@ -79,6 +79,28 @@ bulk_enter(Bulk *bulk, BulkState state, int64 at)
 	bulk->next_at = at;
 }
 
+/* The slot is one application's; another key is another application */
+static bool
+take_slot(Sender *sender)
+{
+	Bulk	   *bulk = &sender->bulk;
+
+	if (bulk->slot_application != sender->env->fingerprint)
+		bulk_release_slot(sender);
+	if (!quota_job_slot_take(sender->env->fingerprint))
+		return false;
+	bulk->slot_application = sender->env->fingerprint;
+	return true;
+}
+
+void
+bulk_release_slot(Sender *sender)
+{
+	if (sender->bulk.slot_application != 0)
+		quota_job_slot_release(sender->bulk.slot_application);
+	sender->bulk.slot_application = 0;
+}
+
 static void
 become_idle(Sender *sender)
 {
@@ -87,7 +109,7 @@ become_idle(Sender *sender)
 	Assert(bulk->flying == NULL);
 	bulk->waiting_for_slot = false;
 	bulk->last_completed = 0;
-	quota_job_slot_release(sender->env->fingerprint);
+	bulk_release_slot(sender);
 	bulk_enter(bulk, BULK_IDLE, 0);
 }
 
@@ -341,7 +363,7 @@ bulk_step(Sender *sender, int64 now)
 				bulk->dirty = false;
 				return false;
 			}
-			if (!quota_job_slot_take(sender->env->fingerprint))
+			if (!take_slot(sender))
 			{
 				bulk->waiting_for_slot = true;
 				bulk->next_at = now + SLOT_RETRY_MS;
@@ -361,7 +383,7 @@ bulk_step(Sender *sender, int64 now)
 			bulk->next_at = now + LEFT_OUT_MS;
 			return false;
 		case BULK_SUBMIT:
-			(void) quota_job_slot_take(sender->env->fingerprint);
+			(void) take_slot(sender);
 			jobs_count_attempt(bulk->job.id);
 			bulk->job.attempts++;
 			old = MemoryContextSwitchTo(bulk->body_context);
@@ -371,7 +393,7 @@ bulk_step(Sender *sender, int64 now)
 		case BULK_ASK:
 		case BULK_RUNNING:
 		case BULK_UNKNOWN:
-			(void) quota_job_slot_take(sender->env->fingerprint);
+			(void) take_slot(sender);
 			return false;
 	}
 	return false;

@@ -84,6 +84,14 @@ history_prune(void)
 		" ORDER BY id DESC OFFSET $1 LIMIT 1) AND finished_at IS NOT NULL"
 		" AND NOT EXISTS (SELECT FROM @.userpilot_job_chunks c WHERE c.job = j.id)", 1, {INT4OID});
 
+	/* a record is needed as long as a row may refer to it */
+	static SqlStatement batches = SQL_STATEMENT(
+		"DELETE FROM @.userpilot_batches b WHERE started_at < pg_catalog.now() - pg_catalog.make_interval(mins => $1)"
+		" AND NOT EXISTS (SELECT FROM @.userpilot_queue)"
+		" AND NOT EXISTS (SELECT FROM @.userpilot_dead_letters d WHERE d.batch = b.id)", 1, {INT4OID});
+	Datum		args[1] = {Int32GetDatum(userpilot_retention)};
+
+	(void) sql_execute(&batches, args, NULL, false);
 	prune_by(&requests_age, &requests_count);
 	prune_by(&jobs_age, &jobs_count);
 }

@@ -363,7 +363,7 @@ realtime_start(Sender *sender, int64 now)
 	int64		wait_until;
 	int			granted;
 
-	if (wanted <= 0 || now < rt->lane.not_before)
+	if (wanted <= 0 || now < rt->lane.not_before || !sender_may_send(sender))
 		return;
 	granted = quota_calls_take(sender->env->fingerprint, sender->env->requests_per_minute,
 							   wanted, now, &wait_until);
@@ -380,6 +380,7 @@ realtime_start(Sender *sender, int64 now)
 		rt->ncalling++;
 		call->sender = sender;
 		call->pending = pending;
+		call->application = sender->env->fingerprint;
 		pending->state = PENDING_CALLING;
 		pending->started_at = now;
 		dlist_push_tail(&rt->calling, &pending->node);
@@ -521,12 +522,13 @@ realtime_answered(Sender *sender, HttpResult **results, int n, int64 now)
 
 	for (int i = 0; i < n; i++)
 	{
-		Pending    *pending = ((Call *) results[i]->owner)->pending;
+		Call	   *call = results[i]->owner;
+		Pending    *pending = call->pending;
 
 		rt->ncalling--;
+		quota_calls_ended(call->application, 1, now);
 		answered(sender, pending, results[i], now, learned, &nlearned);
 	}
-	quota_calls_ended(sender->env->fingerprint, n, now);
 	write_profiles(sender, learned, nlearned, PROFILE_LEARNED);
 	delete_sent(learned, nlearned);
 	for (int i = 0; i < nlearned; i++)
@@ -546,7 +548,8 @@ realtime_next_at(const Sender *sender, int64 now)
 
 	if (rt->nready > 0 && rt->ncalling < sender->env->connections)
 		return rt->lane.not_before;
-	if (dlist_is_empty((dlist_head *) &rt->waiting) || rt->ncalling > 0)
+	if (dlist_is_empty((dlist_head *) &rt->waiting) ||
+		wave_room(sender, Max(now, rt->lane.not_before)) == 0)
 		return PG_INT64_MAX;
 	return Max(rt->lane.not_before, rt->due_at);
 }

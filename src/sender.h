@@ -84,6 +84,7 @@ typedef struct Call
 {
 	struct Sender *sender;
 	Pending    *pending;		/* NULL: the bulk lane's */
+	uint64		application;	/* whose quota it counts against */
 } Call;
 
 typedef enum BulkState
@@ -118,6 +119,7 @@ typedef struct Bulk
 	int64		since;			/* submitted, or waiting for the slot */
 	int64		unknown_looks;	/* lists seen without the job, in a row */
 	bool		waiting_for_slot;
+	uint64		slot_application;	/* whose job slot is held, 0: none */
 	MemoryContext done_context;
 	MemoryContext solo_context;
 	MemoryContext batches_context;
@@ -198,6 +200,7 @@ extern void bulk_recover(Sender *sender);
 extern bool bulk_due(const Sender *sender, int64 now);
 extern bool bulk_step(Sender *sender, int64 now);
 extern bool bulk_busy(const Sender *sender);
+extern void bulk_release_slot(Sender *sender);
 extern void bulk_discard(Sender *sender);
 extern void bulk_start(Sender *sender, int64 now);
 extern void bulk_answered(Sender *sender, HttpResult *result, int64 now);

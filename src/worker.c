@@ -215,7 +215,7 @@ load_senders(void)
 	{
 		if (!senders[i]->stale || in_flight(senders[i]))
 			continue;
-		quota_job_slot_release(senders[i]->env->fingerprint);
+		bulk_release_slot(senders[i]);
 		sender_destroy(senders[i]);
 		senders[i] = senders[--nsenders];
 	}

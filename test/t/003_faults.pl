@@ -118,6 +118,10 @@ my %of_identify = (
 	'late answer'          => $accepted,
 	'garbage'              => $accepted,
 	'a page of HTML'       => $accepted,
+
+	# libcurl repeats a call if a kept connection has closed without an answer
+	'closed before' => qr/acknowledged/,
+	'closed after'  => qr/acknowledged/,
 );
 
 foreach my $name (sort keys %answers)
@@ -135,8 +139,8 @@ foreach my $status (400, 404, 413, 422)
 	sql($change{realtime});
 	delivered($node, 'postgres');
 	$api->no_faults;
-	is( sql('SELECT kind, entity_id, http_status, attempts, metadata ->> $$version$$ = version::text'
-			  . ' FROM userpilot_dead_letters JOIN accounts ON id = 7'),
+	is( sql('SELECT d.kind, d.entity_id, d.http_status, d.attempts, d.metadata ->> $$version$$ = a.version::text'
+			  . ' FROM userpilot_dead_letters d JOIN accounts a ON a.id = 7'),
 		"company|7|$status|1|t", "identify, $status: one dead letter");
 	like(sql('SELECT error FROM userpilot_dead_letters'), qr/no such luck/, '... with the reason');
 	like(outcomes($node, 'postgres', $identify), qr/dead letter/, '... so logged');
