@@ -296,7 +296,8 @@ step_sender(Sender *sender)
 
 		begin_step();
 		durable = bulk_step(sender, now);
-		sender_report(sender, now, false);
+		/* a sweep has counted the backlog: say so at once */
+		sender_report(sender, now, before == BULK_PREPARE);
 		end_step(durable);
 		if (sender->bulk.state == before)
 			bulk_start(sender, clock_now());
