@@ -28,6 +28,7 @@
 #define JOB_FIXED_MS (10 * 1000)
 
 #define MAX_SUBMISSIONS 2
+#define MAX_LOST 3
 
 void
 bulk_init(Sender *sender)
@@ -87,7 +88,7 @@ take_slot(Sender *sender)
 
 	if (bulk->slot_application != sender->env->fingerprint)
 		bulk_release_slot(sender);
-	if (!quota_job_slot_take(sender->env->fingerprint))
+	if (!quota_job_slot_take(sender->env->fingerprint, sender->serverid, clock_now()))
 		return false;
 	bulk->slot_application = sender->env->fingerprint;
 	return true;
@@ -97,7 +98,7 @@ void
 bulk_release_slot(Sender *sender)
 {
 	if (sender->bulk.slot_application != 0)
-		quota_job_slot_release(sender->bulk.slot_application);
+		quota_job_slot_release(sender->bulk.slot_application, sender->serverid);
 	sender->bulk.slot_application = 0;
 }
 
@@ -197,8 +198,15 @@ bulk_completed(Sender *sender)
 	sender_delivered(sender, bulk->job.records);
 	move_flying(bulk, &bulk->done, bulk->done_context);
 	bulk->record_limit = Min(bulk->record_limit * 2, USERPILOT_MAX_RECORDS);
-	/* the slot has just become free: no need to ask */
-	bulk_enter(bulk, BULK_PREPARE, 0);
+	/* the slot has just become free: no need to ask, but let others have a turn */
+	if (quota_job_slot_wanted(bulk->slot_application, clock_now()))
+	{
+		bulk->dirty = true;
+		become_idle(sender);
+		bulk->next_at = clock_now() + SLOT_RETRY_MS;
+	}
+	else
+		bulk_enter(bulk, BULK_PREPARE, 0);
 }
 
 void
@@ -225,12 +233,36 @@ bulk_unknown(Sender *sender, const char *error, int64 now)
 	Bulk	   *bulk = &sender->bulk;
 	JobNews		news = JOB_NO_NEWS;
 
+	if (bulk->lost++ == 0)
+		bulk->lost_since = bulk->call_started;
 	news.status = JOB_UNKNOWN;
 	news.error = error;
 	jobs_update(bulk->job.id, &news);
 	bulk->since = now;
 	bulk->unknown_looks = 0;
 	bulk_enter(bulk, BULK_UNKNOWN, now + delivery_poll_interval(0, bulk_expected_ms(bulk)));
+}
+
+/*
+ * Once or twice that is the network's or a gateway's doing, and it is bound
+ * anew.  If it happens again and again while other calls succeed, it is about
+ * what the job holds.
+ */
+void
+bulk_never_arrived(Sender *sender)
+{
+	Bulk	   *bulk = &sender->bulk;
+
+	if (bulk->lost >= MAX_LOST &&
+		Max(bulk->lane.last_success, sender->rt.lane.last_success) > bulk->lost_since)
+	{
+		bulk->lost = 0;
+		bulk_dissolved(sender, "submitted several times without a proper answer");
+		return;
+	}
+	bulk_refused(sender, "no proper answer came, and Userpilot runs no such job", false);
+	bulk->since = clock_now();
+	bulk_enter(bulk, BULK_ASK, 0);
 }
 
 /* A prepared job that turned out to be empty */
@@ -432,6 +464,7 @@ bulk_start(Sender *sender, int64 now)
 	bulk->call_started = now;
 	if (!started)
 	{
+		MemoryContextReset(bulk->body_context);
 		sender_error(sender, error);
 		bulk->next_at = now + delivery_outage_backoff(5, sender_random());
 	}

@@ -10,6 +10,9 @@
 #include "bulk_job.h"
 #include "history.h"
 
+/* After a refusal for the slot's sake (API ms) */
+#define CONFLICT_MS 2000
+
 /* A list without the job is believed this long after the lost answer, and
  * when seen twice: an upload may take a while to appear (API ms) */
 #define UNKNOWN_MS (10 * 1000)
@@ -77,9 +80,7 @@ answered_unknown(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecisi
 	bulk->unknown_looks = slot_free ? bulk->unknown_looks + 1 : 0;
 	if (bulk->unknown_looks >= UNKNOWN_LOOKS && now - bulk->since >= UNKNOWN_MS)
 	{
-		bulk_refused(sender, "no answer came, and Userpilot runs no such job", false);
-		bulk->since = now;
-		bulk_enter(bulk, BULK_ASK, now);
+		bulk_never_arrived(sender);
 		return;
 	}
 	bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk));
@@ -100,6 +101,7 @@ accepted(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
 	news.response = sender_answer_text(result);
 	news.submitted = true;
 	jobs_update(bulk->job.id, &news);
+	bulk->lost = bulk->conflicts = 0;
 	bulk->since = now;
 	bulk_enter(bulk, BULK_RUNNING, now + delivery_poll_interval(0, bulk_expected_ms(bulk)));
 }
@@ -130,13 +132,19 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 		return;
 	}
 	note_refusal(sender, result, error);
+	if (!decision->counts)
+	{
+		bulk->job.attempts--;
+		jobs_give_back_attempt(bulk->job.id);
+	}
 	switch (decision->action)
 	{
 		case DELIVERY_CONFLICT:
+			/* each time a job is made in vain: wait longer if the list is no help */
 			bulk_refused(sender, error, true);
 			bulk->waiting_for_slot = true;
 			bulk->since = now;
-			bulk_enter(bulk, BULK_ASK, now + delivery_poll_interval(0, 0));
+			bulk_enter(bulk, BULK_ASK, now + CONFLICT_MS + delivery_outage_backoff(++bulk->conflicts, sender_random()));
 			break;
 		case DELIVERY_SHRINK:
 			bulk->record_limit = Max(bulk->job.records / 2, 1);
@@ -145,7 +153,11 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 			break;
 		case DELIVERY_DEAD:		/* alone it will get its own answer */
 		case DELIVERY_DISSOLVE:
-			bulk_dissolved(sender, error);
+			/* after a 5xx it may be running all the same: find out first */
+			if (result->status / 100 == 4 && result->status != 408 && result->status != 425)
+				bulk_dissolved(sender, error);
+			else
+				bulk_unknown(sender, error, now);
 			break;
 		case DELIVERY_UNKNOWN:
 			bulk_unknown(sender, error, now);

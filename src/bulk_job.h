@@ -16,6 +16,8 @@ extern void bulk_refused(Sender *sender, const char *error, bool give_back);
 extern void bulk_dissolved(Sender *sender, const char *error);
 extern void bulk_completed(Sender *sender);
 extern void bulk_failed(Sender *sender, int64 now);
+/* No proper answer came, and it turns out not to be running */
+extern void bulk_never_arrived(Sender *sender);
 extern void bulk_unknown(Sender *sender, const char *error, int64 now);
 
 #endif

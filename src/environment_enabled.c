@@ -44,15 +44,12 @@ read_enabled(void)
 	static SqlStatement statement =
 	SQL_STATEMENT("SELECT server, system_identifier, database"
 				  " FROM @.userpilot_enabled ORDER BY server", 0, {0});
-	MemoryContext caller = CurrentMemoryContext;
-	MemoryContext ours;
 	SqlCaller	saved;
 	List	   *rows = NIL;
 	int			n;
 
 	sql_become_owner(&saved);
 	n = sql_execute(&statement, NULL, NULL, false);
-	ours = MemoryContextSwitchTo(caller);
 	for (int i = 0; i < n; i++)
 	{
 		HeapTuple	tuple = SPI_tuptable->vals[i];
@@ -67,7 +64,6 @@ read_enabled(void)
 			database == MyDatabaseId;
 		rows = lappend(rows, row);
 	}
-	MemoryContextSwitchTo(ours);
 	sql_become_caller(&saved);
 	return rows;
 }

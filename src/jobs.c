@@ -107,14 +107,6 @@ jobs_count_attempt(int64 job)
 	(void) sql_execute(&statement, args, NULL, false);
 }
 
-static char *
-column_string(HeapTuple tuple, TupleDesc desc, int column)
-{
-	char	   *value = SPI_getvalue(tuple, desc, column);
-
-	return value;
-}
-
 int
 jobs_unfinished(const char *server, Job **jobs)
 {
@@ -125,9 +117,7 @@ jobs_unfinished(const char *server, Job **jobs)
 		"  OR EXISTS (SELECT FROM @.userpilot_job_chunks c WHERE c.job = j.id)) ORDER BY id",
 		1, {TEXTOID});
 	Datum		args[1] = {CStringGetTextDatum(server)};
-	MemoryContext caller = CurrentMemoryContext;
 	int			n = sql_execute(&statement, args, NULL, true);
-	MemoryContext old = MemoryContextSwitchTo(caller);
 
 	*jobs = palloc0(Max(n, 1) * sizeof(Job));
 	for (int i = 0; i < n; i++)
@@ -142,14 +132,13 @@ jobs_unfinished(const char *server, Job **jobs)
 		job->ndjson = DatumGetBool(SPI_getbinval(tuple, desc, 3, &isnull));
 		job->records = DatumGetInt32(SPI_getbinval(tuple, desc, 4, &isnull));
 		job->bytes = DatumGetInt64(SPI_getbinval(tuple, desc, 5, &isnull));
-		strlcpy(job->status, column_string(tuple, desc, 6), sizeof(job->status));
-		job->job_id = column_string(tuple, desc, 7);
-		job->filename = column_string(tuple, desc, 8);
+		strlcpy(job->status, SPI_getvalue(tuple, desc, 6), sizeof(job->status));
+		job->job_id = SPI_getvalue(tuple, desc, 7);
+		job->filename = SPI_getvalue(tuple, desc, 8);
 		job->attempts = DatumGetInt32(SPI_getbinval(tuple, desc, 9, &isnull));
 		job->finished = DatumGetBool(SPI_getbinval(tuple, desc, 10, &isnull));
 	}
 	SPI_freetuptable(SPI_tuptable);
-	MemoryContextSwitchTo(old);
 	return n;
 }
 
@@ -161,8 +150,6 @@ read_chunk(int64 job, int seq, int *len)
 		"SELECT records FROM @.userpilot_job_chunks WHERE job = $1 AND seq = $2",
 		2, {INT8OID, INT4OID});
 	Datum		args[2] = {Int64GetDatum(job), Int32GetDatum(seq)};
-	MemoryContext caller = CurrentMemoryContext;
-	MemoryContext old;
 	text	   *records;
 	char	   *chunk;
 	bool		isnull;
@@ -170,11 +157,9 @@ read_chunk(int64 job, int seq, int *len)
 	if (sql_execute(&statement, args, NULL, true) == 0)
 		return NULL;
 	records = DatumGetTextPP(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
-	old = MemoryContextSwitchTo(caller);
 	chunk = payload_utf8(VARDATA_ANY(records), VARSIZE_ANY_EXHDR(records), len);
 	if (chunk == VARDATA_ANY(records))
 		chunk = pnstrdup(chunk, *len);
-	MemoryContextSwitchTo(old);
 	SPI_freetuptable(SPI_tuptable);
 	return chunk;
 }
@@ -232,16 +217,12 @@ jobs_entity_ids(const Job *job, int *n)
 		2, {INT8OID, TEXTOID});
 	Datum		args[2] = {Int64GetDatum(job->id),
 	CStringGetTextDatum(job->kind == USERPILOT_USER ? "user_id" : "company_id")};
-	MemoryContext caller = CurrentMemoryContext;
-	MemoryContext old;
 	char	  **ids;
 
 	*n = sql_execute(&statement, args, NULL, true);
-	old = MemoryContextSwitchTo(caller);
 	ids = palloc(Max(*n, 1) * sizeof(char *));
 	for (int i = 0; i < *n; i++)
-		ids[i] = column_string(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, 1);
-	MemoryContextSwitchTo(old);
+		ids[i] = SPI_getvalue(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, 1);
 	SPI_freetuptable(SPI_tuptable);
 	return ids;
 }
@@ -272,6 +253,17 @@ jobs_delete(int64 job)
 {
 	static SqlStatement statement = SQL_STATEMENT(
 		"DELETE FROM @.userpilot_jobs WHERE id = $1", 1, {INT8OID});
+	Datum		args[1] = {Int64GetDatum(job)};
+
+	(void) sql_execute(&statement, args, NULL, false);
+}
+
+void
+jobs_give_back_attempt(int64 job)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"UPDATE @.userpilot_jobs SET attempts = greatest(attempts - 1, 0) WHERE id = $1",
+		1, {INT8OID});
 	Datum		args[1] = {Int64GetDatum(job)};
 
 	(void) sql_execute(&statement, args, NULL, false);

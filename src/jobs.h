@@ -61,6 +61,9 @@ extern void jobs_update(int64 job, const JobNews *news);
 /* A submission is about to be made */
 extern void jobs_count_attempt(int64 job);
 
+/* ... which does not count after all */
+extern void jobs_give_back_attempt(int64 job);
+
 /* Jobs of a server that are not done with, oldest first, in
  * CurrentMemoryContext: unfinished, or dissolved with records left */
 extern int	jobs_unfinished(const char *server, Job **jobs);

@@ -38,6 +38,7 @@
 typedef struct Started
 {
 	Oid			database;
+	uint64		start;
 	BackgroundWorkerHandle *handle;
 } Started;
 
@@ -76,7 +77,7 @@ all_databases(void)
 }
 
 static void
-start_worker(Oid database)
+start_worker(Oid database, uint64 start)
 {
 	BackgroundWorker worker;
 	BackgroundWorkerHandle *handle;
@@ -102,6 +103,7 @@ start_worker(Oid database)
 		return;
 	}
 	started[i].database = database;
+	started[i].start = start;
 	started[i].handle = handle;
 	state_launcher_started(database, true);
 }
@@ -118,7 +120,7 @@ notice_ends(void)
 			continue;
 		pfree(started[i].handle);
 		started[i].handle = NULL;
-		state_launcher_ended(started[i].database, clock_now());
+		state_launcher_ended(started[i].database, started[i].start, clock_now());
 	}
 }
 
@@ -151,16 +153,17 @@ static long
 start_wanted(void)
 {
 	Oid			database;
+	uint64		start;
 	int64		wait_until;
 
 	for (;;)
 	{
 		int64		now = clock_now();
 
-		switch (state_launcher_next(now, &database, &wait_until))
+		switch (state_launcher_next(now, &database, &start, &wait_until))
 		{
 			case STATE_LAUNCH_START:
-				start_worker(database);
+				start_worker(database, start);
 				break;
 			case STATE_LAUNCH_WAIT:
 				return clock_real_ms(wait_until - now);

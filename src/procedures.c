@@ -71,13 +71,15 @@ refuse_hopeless_wait(void)
 static int64
 milliseconds_of(const Interval *interval)
 {
-	int64		ms = (interval->time + ((int64) interval->month * DAYS_PER_MONTH + interval->day) * USECS_PER_DAY) / 1000;
+	double		ms = interval->time / 1000.0 +
+		(interval->month * (double) DAYS_PER_MONTH + interval->day) * SECS_PER_DAY * 1000.0;
 
 	if (ms < 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("timeout must not be negative")));
-	return ms;
+	/* a year is for ever, and fits into a timestamp */
+	return (int64) Min(ms, 366.0 * SECS_PER_DAY * 1000);
 }
 
 static bool

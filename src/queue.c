@@ -127,10 +127,14 @@ open_for_insert(void)
 	if (open_queue.rel != NULL)
 		return &open_queue;
 
+	/* what may raise comes first: nobody would close the other */
+	opening.rel = table_open(queue_relid("userpilot_queue"), RowExclusiveLock);
+	queue_check_shape(opening.rel);
+	table_close(opening.rel, NoLock);
+
 	CurrentResourceOwner = TopTransactionResourceOwner;
 	old = MemoryContextSwitchTo(TopTransactionContext);
 	opening.rel = table_open(queue_relid("userpilot_queue"), RowExclusiveLock);
-	queue_check_shape(opening.rel);
 	opening.estate = CreateExecutorState();
 	opening.rri = makeNode(ResultRelInfo);
 	InitResultRelInfo(opening.rri, opening.rel, 1, NULL, 0);

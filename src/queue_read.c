@@ -238,13 +238,10 @@ queue_batches(const char *server, MergeBatches *batches)
 		" ARRAY(SELECT x FROM pg_catalog.pg_snapshot_xip(snapshot) x ORDER BY x)"
 		" FROM @.userpilot_batches WHERE server = $1 ORDER BY id", 1, {TEXTOID});
 	Datum		args[1] = {CStringGetTextDatum(server)};
-	MemoryContext caller = CurrentMemoryContext;
-	MemoryContext old;
 	MergeBatch *list;
 	int			n;
 
 	n = sql_execute(&statement, args, NULL, true);
-	old = MemoryContextSwitchTo(caller);
 	list = palloc0(Max(n, 1) * sizeof(MergeBatch));
 	for (int i = 0; i < n; i++)
 	{
@@ -261,7 +258,6 @@ queue_batches(const char *server, MergeBatches *batches)
 		list[i].xip = read_xids(xips, &list[i].nxip);
 	}
 	SPI_freetuptable(SPI_tuptable);
-	MemoryContextSwitchTo(old);
 	merge_batches_init(batches, list, n);
 }
 
@@ -310,11 +306,16 @@ queue_fold(MergeEntity *entity, const MergeBatches *batches, const QueueRow *row
 static bool
 still_there(Relation rel, const QueueRow *row, TupleTableSlot *slot)
 {
-	bool		isnull;
+	struct varlena *id;
 
-	return ItemPointerGetBlockNumber(&row->tid) < RelationGetNumberOfBlocks(rel) &&
-		table_tuple_fetch_row_version(rel, (ItemPointer) &row->tid, GetActiveSnapshot(), slot) &&
-		DatumGetLSN(slot_getattr(slot, QUEUE_LSN + 1, &isnull)) == row->lsn;
+	if (ItemPointerGetBlockNumber(&row->tid) >= RelationGetNumberOfBlocks(rel) ||
+		!table_tuple_fetch_row_version(rel, (ItemPointer) &row->tid, GetActiveSnapshot(), slot))
+		return false;
+	slot_getallattrs(slot);
+	id = PG_DETOAST_DATUM_PACKED(slot->tts_values[QUEUE_ENTITY]);
+	return DatumGetLSN(slot->tts_values[QUEUE_LSN]) == row->lsn &&
+		VARSIZE_ANY_EXHDR(id) == (Size) row->entity_len &&
+		memcmp(VARDATA_ANY(id), row->entity_id, row->entity_len) == 0;
 }
 
 /* A row that someone else deleted first is as good as deleted */
@@ -348,43 +349,47 @@ queue_delete(const QueueRow *rows, int n)
 	return deleted;
 }
 
-static void
-row_arrays(const QueueRow *rows, int n, Datum *tids, Datum *lsns)
+/* Positions of the rows that still stand there; the lock taken here keeps
+ * the table from being rewritten until the transaction ends */
+static Datum
+positions(const QueueRow *rows, int n)
 {
-	Datum	   *tid = palloc(Max(n, 1) * sizeof(Datum));
-	Datum	   *lsn = palloc(Max(n, 1) * sizeof(Datum));
+	Relation	rel = table_open(queue_relid("userpilot_queue"), RowExclusiveLock);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	Datum	   *tids = palloc(Max(n, 1) * sizeof(Datum));
+	int			found = 0;
 
 	for (int i = 0; i < n; i++)
 	{
-		tid[i] = PointerGetDatum(&rows[i].tid);
-		lsn[i] = LSNGetDatum(rows[i].lsn);
+		if (still_there(rel, &rows[i], slot))
+			tids[found++] = PointerGetDatum(&rows[i].tid);
+		ExecClearTuple(slot);
 	}
-	*tids = PointerGetDatum(construct_array(tid, n, TIDOID, sizeof(ItemPointerData), false, TYPALIGN_SHORT));
-	*lsns = PointerGetDatum(construct_array(lsn, n, PG_LSNOID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	ExecDropSingleTupleTableSlot(slot);
+	table_close(rel, NoLock);
+	return PointerGetDatum(construct_array(tids, found, TIDOID, sizeof(ItemPointerData), false, TYPALIGN_SHORT));
 }
 
 uint64
 queue_bury(const QueueRow *rows, int n, const QueueFailure *why)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"WITH gone AS (DELETE FROM @.userpilot_queue q"
-		"  USING (SELECT t, l FROM unnest($1, $2) AS r(t, l) OFFSET 0) r"
-		"  WHERE q.ctid = r.t AND q.lsn = r.l RETURNING q.*)"
+		"WITH gone AS (DELETE FROM @.userpilot_queue q WHERE q.ctid = ANY ($1) RETURNING q.*)"
 		" INSERT INTO @.userpilot_dead_letters (lsn, xid, enqueued_at, batch, bulk, server, kind,"
 		" entity_id, company_id, metadata, http_status, error, response, attempts)"
 		" SELECT lsn, xid, enqueued_at, batch, bulk, server, kind,"
-		" entity_id, company_id, metadata, $3, $4, $5, $6 FROM gone ORDER BY lsn",
-		6, {TIDARRAYOID, PG_LSNARRAYOID, INT4OID, TEXTOID, TEXTOID, INT4OID});
-	Datum		args[6];
-	char		nulls[7] = "      ";
+		" entity_id, company_id, metadata, $2, $3, $4, $5 FROM gone ORDER BY lsn",
+		5, {TIDARRAYOID, INT4OID, TEXTOID, TEXTOID, INT4OID});
+	Datum		args[5];
+	char		nulls[6] = "     ";
 
-	row_arrays(rows, n, &args[0], &args[1]);
-	args[2] = Int32GetDatum(why->http_status);
-	nulls[2] = why->http_status == 0 ? 'n' : ' ';
-	args[3] = CStringGetTextDatum(why->error);
-	nulls[4] = why->response == NULL ? 'n' : ' ';
-	args[4] = why->response ? CStringGetTextDatum(why->response) : (Datum) 0;
-	args[5] = Int32GetDatum(why->attempts);
+	args[0] = positions(rows, n);
+	args[1] = Int32GetDatum(why->http_status);
+	nulls[1] = why->http_status == 0 ? 'n' : ' ';
+	args[2] = CStringGetTextDatum(why->error);
+	nulls[3] = why->response == NULL ? 'n' : ' ';
+	args[3] = why->response ? CStringGetTextDatum(why->response) : (Datum) 0;
+	args[4] = Int32GetDatum(why->attempts);
 	return sql_execute(&statement, args, nulls, false);
 }
 

@@ -23,6 +23,9 @@
 #define BIN_MS 500
 #define BINS (60 * 1000 / BIN_MS + 1)
 
+/* A worker that waits for the slot asks again within so long (API ms) */
+#define WAITER_MS 5000
+
 /* Databases that can share an application and have their ledgers counted */
 #define SEEDS 16
 
@@ -32,7 +35,10 @@ typedef struct Application
 	int			in_flight;
 	int64		last_bin;
 	int			ended[BINS];
-	int			job_holder;		/* pid of the worker whose job runs */
+	int			job_holder;		/* pid of the worker whose job runs ... */
+	Oid			job_server;		/* ... for this server of its database */
+	int			job_waiter;		/* pid of a worker that asked in vain ... */
+	int64		job_waiting;	/* ... and when it last did */
 	int64		used_at;
 	int			nseeded;
 	Oid			seeded[SEEDS];	/* databases whose ledger has been counted */
@@ -54,7 +60,7 @@ typedef struct Held
 	int			in_flight;
 } Held;
 
-static Held held[16];
+static Held held[64];
 static int	nheld = 0;
 
 Size
@@ -207,19 +213,34 @@ quota_calls_ended(uint64 application, int n, int64 now)
 	held_add(application, -n);
 }
 
-/* One job at a time for an application, whoever's; idempotent for a holder */
+/*
+ * One job at a time for an application, whoever's; idempotent for a holder.
+ * Who asked in vain has the next turn, if he keeps asking.
+ */
 bool
-quota_job_slot_take(uint64 application)
+quota_job_slot_take(uint64 application, Oid server, int64 now)
 {
 	Application *app;
 	bool		mine = false;
 
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	app = application_find(application);
-	if (app != NULL && (app->job_holder == 0 || app->job_holder == MyProcPid))
+	if (app != NULL && app->job_holder == MyProcPid && app->job_server == server)
+		mine = true;
+	else if (app != NULL && app->job_holder == 0 &&
+			 (app->job_waiter == MyProcPid || now - app->job_waiting > WAITER_MS))
 	{
 		app->job_holder = MyProcPid;
+		app->job_server = server;
+		app->job_waiting = 0;
+		app->job_waiter = 0;
 		mine = true;
+	}
+	else if (app != NULL &&
+			 (app->job_waiter == MyProcPid || now - app->job_waiting > WAITER_MS))
+	{
+		app->job_waiter = MyProcPid;
+		app->job_waiting = now;
 	}
 	LWLockRelease(shared->lock);
 	held_add(application, 0);
@@ -227,14 +248,15 @@ quota_job_slot_take(uint64 application)
 }
 
 void
-quota_job_slot_release(uint64 application)
+quota_job_slot_release(uint64 application, Oid server)
 {
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	for (int i = 0; i < shared->n; i++)
 	{
 		Application *app = &shared->applications[i];
 
-		if (app->id == application && app->job_holder == MyProcPid)
+		if (app->id == application && app->job_holder == MyProcPid &&
+			(app->job_server == server || !OidIsValid(server)))
 			app->job_holder = 0;
 	}
 	LWLockRelease(shared->lock);
@@ -248,6 +270,21 @@ quota_give_back(void)
 	{
 		if (held[i].in_flight > 0)
 			quota_calls_ended(held[i].application, held[i].in_flight, clock_now());
-		quota_job_slot_release(held[i].application);
+		quota_job_slot_release(held[i].application, InvalidOid);
 	}
+}
+
+/* Whether someone else waits for the slot */
+bool
+quota_job_slot_wanted(uint64 application, int64 now)
+{
+	Application *app;
+	bool		wanted;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	wanted = app != NULL && app->job_waiter != 0 && app->job_waiter != MyProcPid &&
+		now - app->job_waiting <= WAITER_MS;
+	LWLockRelease(shared->lock);
+	return wanted;
 }

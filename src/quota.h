@@ -19,7 +19,8 @@ extern int	quota_calls_take(uint64 application, int per_minute, int wanted,
 							 int64 now, int64 *wait_until);
 extern void quota_calls_seed(uint64 application, int n, int64 now);
 extern void quota_calls_ended(uint64 application, int n, int64 now);
-extern bool quota_job_slot_take(uint64 application);
-extern void quota_job_slot_release(uint64 application);
+extern bool quota_job_slot_take(uint64 application, Oid server, int64 now);
+extern void quota_job_slot_release(uint64 application, Oid server);
+extern bool quota_job_slot_wanted(uint64 application, int64 now);
 
 #endif

@@ -42,7 +42,6 @@ realtime_init(Sender *sender)
 	dlist_init(&rt->waiting);
 	dlist_init(&rt->ready);
 	dlist_init(&rt->calling);
-	rt->look_due = true;
 }
 
 /* More waits than a job would take: the bulk lane is to have its share */
@@ -91,9 +90,11 @@ realtime_reset_look(Sender *sender)
 		if (!pending->solo)
 			pending_free(rt, pending);
 	}
+	if (rt->snapshot)
+		pfree(DatumGetPointer(rt->snapshot));
 	rt->snapshot = (Datum) 0;
 	rt->overflow = false;
-	rt->look_due = true;
+	rt->due_at = 0;
 }
 
 static void
@@ -105,6 +106,7 @@ look_row(const QueueRow *row, void *arg)
 		rt->overflow = true;
 	else
 		(void) pending_add(rt, row);
+	rt->due_at = 0;
 }
 
 /* Returns whether there was anything new */
@@ -115,7 +117,6 @@ realtime_look(Sender *sender)
 	Datum		snapshot = rt->snapshot;
 	int			n;
 
-	rt->look_due = false;
 	n = queue_look(sender->env->server, &snapshot, MAX_ROWS + 1, look_row, rt);
 
 	if (rt->snapshot)
@@ -129,6 +130,21 @@ realtime_look(Sender *sender)
 	if (realtime_backlogged(sender))
 		sender->bulk.dirty = true;
 	return n > 0;
+}
+
+/* More was there than fitted: there is room now, or rows were not where they
+ * had been read */
+static void
+look_again_if_room(Sender *sender)
+{
+	Realtime   *rt = &sender->rt;
+
+	if ((rt->overflow && rt->rows < MAX_ROWS / 2) || rt->moved)
+	{
+		rt->moved = false;
+		realtime_reset_look(sender);
+		(void) realtime_look(sender);
+	}
 }
 
 /* ------------------------------------------------------------- the wave */
@@ -234,7 +250,7 @@ merge_chosen(Sender *sender, Pending **chosen, int n, UserpilotKind kind)
 
 /* Deletes the sent rows of entities */
 static void
-delete_sent(Pending **done, int n)
+delete_sent(Realtime *rt, Pending **done, int n)
 {
 	int			total = 0;
 	QueueRow   *rows;
@@ -246,7 +262,8 @@ delete_sent(Pending **done, int n)
 	for (int i = 0; i < n; i++)
 		for (int r = 0; r < done[i]->nsent; r++)
 			rows[total++] = *done[i]->rows[r];
-	(void) queue_delete(rows, total);
+	if (queue_delete(rows, total) < (uint64) total)
+		rt->moved = true;
 }
 
 /* profiles_write takes one kind at a time */
@@ -348,9 +365,10 @@ realtime_wave(Sender *sender, int64 now)
 	write_profiles(sender, marked, nmarked, PROFILE_MARKED);
 	if (nmarked > 0)
 		ledger_calls(sender->env->server, nmarked);
-	delete_sent(nothing, nnothing);
+	delete_sent(rt, nothing, nnothing);
 	for (int i = 0; i < nnothing; i++)
 		pending_drop_sent(rt, nothing[i]);
+	look_again_if_room(sender);
 	return nmarked > 0;
 }
 
@@ -530,14 +548,13 @@ realtime_answered(Sender *sender, HttpResult **results, int n, int64 now)
 		answered(sender, pending, results[i], now, learned, &nlearned);
 	}
 	write_profiles(sender, learned, nlearned, PROFILE_LEARNED);
-	delete_sent(learned, nlearned);
+	delete_sent(rt, learned, nlearned);
 	for (int i = 0; i < nlearned; i++)
 		pending_drop_sent(rt, learned[i]);
 	sender_delivered(sender, nlearned);
 	if (rt->lane.outages > 0 || sender->paused)
 		withdraw_ready(sender);
-	if (rt->overflow && rt->rows < MAX_ROWS / 2)
-		realtime_reset_look(sender);
+	look_again_if_room(sender);
 }
 
 /* When the lane wants to act next, given nothing new; INT64_MAX: never */

@@ -147,20 +147,26 @@ void
 lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 		   int64 now, const char *error)
 {
+	int64		wait;
+
 	if (error != NULL)
 		sender_error(sender, error);
 	switch (decision->action)
 	{
 		case DELIVERY_LEARN:
+		case DELIVERY_DEAD:		/* a refusal proves key and lane as well */
 			lane_succeeded(lane, now);
 			if (sender->paused)
 				ereport(LOG, (errmsg("userpilot: server \"%s\" resumes", sender->env->server)));
 			sender->paused = false;
 			break;
 		case DELIVERY_THROTTLE:
-			lane->throttled++;
-			lane->not_before = now + (decision->wait_given ? decision->wait_ms :
-									  delivery_throttle_backoff(lane->throttled, sender_random()));
+			/* calls made before the first refusal say no more than it did */
+			if (now >= lane->not_before)
+				lane->throttled++;
+			wait = decision->wait_given ? decision->wait_ms :
+				delivery_throttle_backoff(lane->throttled, sender_random());
+			lane->not_before = Max(lane->not_before, now + wait);
 			break;
 		case DELIVERY_OUTAGE:
 			/* answers of calls made before the circuit opened say no more */
@@ -173,14 +179,10 @@ lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 			sender_paused(sender, error);
 			break;
 		case DELIVERY_BACKOFF:
-		case DELIVERY_DEAD:
 		case DELIVERY_CONFLICT:
 		case DELIVERY_SHRINK:
 		case DELIVERY_DISSOLVE:
 		case DELIVERY_UNKNOWN:
-			/* the API answers: the lane is alive, if not well */
-			if (decision->action == DELIVERY_DEAD)
-				lane->outages = 0;
 			break;
 	}
 }

@@ -75,7 +75,7 @@ typedef struct Realtime
 	int			solos;
 	Datum		snapshot;		/* of the last look, 0: none yet */
 	bool		overflow;		/* more is queued than fits */
-	bool		look_due;
+	bool		moved;			/* rows were not where they had been read */
 	int64		due_at;			/* earliest not_before that was skipped */
 } Realtime;
 
@@ -118,6 +118,9 @@ typedef struct Bulk
 	int64		next_at;
 	int64		since;			/* submitted, or waiting for the slot */
 	int64		unknown_looks;	/* lists seen without the job, in a row */
+	int			lost;			/* submissions without a proper answer, in a row */
+	int64		lost_since;		/* start of the first of them */
+	int			conflicts;		/* 409s in a row */
 	bool		waiting_for_slot;
 	uint64		slot_application;	/* whose job slot is held, 0: none */
 	MemoryContext done_context;

@@ -13,9 +13,9 @@
 #include "sql.h"
 
 static char *
-with_schema(const char *text, Oid schema)
+with_schema(const char *text, const char *schema)
 {
-	const char *name = quote_identifier(get_namespace_name(schema));
+	const char *name = quote_identifier(schema);
 	StringInfoData out;
 
 	initStringInfo(&out);
@@ -33,29 +33,33 @@ static void
 prepare(SqlStatement *statement)
 {
 	Oid			schema = environment_schema();
+	const char *name = get_namespace_name(schema);
 	SPIPlanPtr	plan;
 
-	if (statement->plan != NULL && statement->schema == schema)
+	if (statement->plan != NULL && strcmp(statement->schema, name) == 0)
 		return;
 	if (statement->plan != NULL)
 		SPI_freeplan(statement->plan);
 	statement->plan = NULL;
 
-	plan = SPI_prepare(with_schema(statement->text, schema), statement->nargs, statement->types);
+	plan = SPI_prepare(with_schema(statement->text, name), statement->nargs, statement->types);
 	if (plan == NULL)
 		elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
 	SPI_keepplan(plan);
 	statement->plan = plan;
-	statement->schema = schema;
+	strlcpy(statement->schema, name, sizeof(statement->schema));
 }
 
 int
 sql_execute(SqlStatement *statement, Datum *args, const char *nulls, bool read_only)
 {
+	MemoryContext caller = CurrentMemoryContext;
 	int			rc;
 
 	prepare(statement);
 	rc = SPI_execute_plan(statement->plan, args, nulls, read_only, 0);
+	/* SPI leaves its own context behind, which dies with SPI_finish */
+	MemoryContextSwitchTo(caller);
 	if (rc < 0)
 		elog(ERROR, "SPI_execute_plan failed: %s", SPI_result_code_string(rc));
 	return (int) SPI_processed;
@@ -83,8 +87,17 @@ sql_become_owner(SqlCaller *caller)
 	SetUserIdAndSecContext(owner, caller->sec_context |
 						   SECURITY_LOCAL_USERID_CHANGE |
 						   SECURITY_RESTRICTED_OPERATION);
+	sql_connect();
+}
+
+void
+sql_connect(void)
+{
+	MemoryContext context = CurrentMemoryContext;
+
 	if (SPI_connect() != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");
+	MemoryContextSwitchTo(context);
 }
 
 void

@@ -16,10 +16,14 @@ typedef struct SqlStatement
 	int			nargs;
 	Oid			types[SQL_MAX_ARGS];
 	SPIPlanPtr	plan;
-	Oid			schema;			/* that the plan was made for */
+	char		schema[NAMEDATALEN];	/* that the plan was made for */
 } SqlStatement;
 
-#define SQL_STATEMENT(text, nargs, ...) {(text), (nargs), __VA_ARGS__, NULL, InvalidOid}
+#define SQL_STATEMENT(text, nargs, ...) {(text), (nargs), __VA_ARGS__, NULL, ""}
+
+/* SPI_connect, but the caller's memory context stays: what is read may live
+ * longer than SPI does */
+extern void sql_connect(void);
 
 /*
  * Runs it with the active snapshot if read_only, else with a fresh one.

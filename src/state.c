@@ -40,6 +40,8 @@ typedef struct StateSlot
 	bool		read_all;
 	bool		wanted;			/* a worker should be started */
 	bool		starting;		/* ... and has been asked for */
+	int			started_by;		/* pid of the launcher that will see its end */
+	uint64		start;			/* number of that start */
 	int			worker_pid;
 	Latch	   *worker_latch;
 	bool		attached;		/* the worker asked for has come to be */
@@ -56,6 +58,7 @@ typedef struct StateShared
 	LWLock	   *lock;			/* assigning slots */
 	Latch	   *launcher_latch;
 	int			launcher_pid;
+	uint64		starts;			/* of workers, ever */
 	int			nslots;
 	StateSlot  *slots;
 } StateShared;
@@ -150,7 +153,14 @@ slot_find(Oid database, bool create)
 	if (slot == NULL && create && free_slot != NULL)
 	{
 		slot = free_slot;
+		slot->starting = false;
+		slot->wanted = false;
+		slot->worker_pid = 0;
+		slot->worker_latch = NULL;
 		slot->left_cleanly = true;
+		slot->failures = 0;
+		slot->not_before = 0;
+		slot->due_at = 0;
 		slot->database = database;
 	}
 	LWLockRelease(shared->lock);
@@ -219,6 +229,8 @@ state_commit(void)
 {
 	Latch	   *latch;
 
+	if (commit_wakes && my_slot != NULL && my_slot->database != MyDatabaseId)
+		my_slot = slot_find(MyDatabaseId, true);	/* it was vacated meanwhile */
 	if (!commit_wakes || my_slot == NULL)
 	{
 		state_forget();
@@ -245,18 +257,40 @@ state_commit(void)
 
 /* ---------------------------------------------------------------- worker */
 
+/*
+ * The worker's place is free.  A launcher that has come since it was started
+ * does not know of it, so then the worker itself says that it has ended.
+ * With the slot's mutex held.
+ */
+static void
+worker_gone(StateSlot *slot)
+{
+	slot->worker_pid = 0;
+	slot->worker_latch = NULL;
+	if (slot->started_by != shared->launcher_pid)
+		slot->starting = false;
+}
+
 static void
 worker_detach(int code, Datum arg)
 {
+	Latch	   *latch = NULL;
+
 	quota_give_back();
 
 	SpinLockAcquire(&my_slot->mutex);
 	if (my_slot->worker_pid == MyProcPid)
 	{
-		my_slot->worker_pid = 0;
-		my_slot->worker_latch = NULL;
+		worker_gone(my_slot);
+		if (!my_slot->left_cleanly)
+		{
+			my_slot->wanted = true;
+			latch = shared->launcher_latch;
+		}
 	}
 	SpinLockRelease(&my_slot->mutex);
+	if (latch != NULL)
+		SetLatch(latch);
 }
 
 /* Takes the database's place for a worker; exits if another has it */
@@ -315,8 +349,7 @@ state_worker_leave(uint64 seen_changes, int64 due_at)
 	may_leave = my_slot->changes == seen_changes && !my_slot->read_all;
 	if (may_leave)
 	{
-		my_slot->worker_pid = 0;
-		my_slot->worker_latch = NULL;
+		worker_gone(my_slot);
 		my_slot->left_cleanly = true;
 		my_slot->due_at = due_at;
 	}
@@ -329,8 +362,7 @@ void
 state_worker_retreat(int64 due_at)
 {
 	SpinLockAcquire(&my_slot->mutex);
-	my_slot->worker_pid = 0;
-	my_slot->worker_latch = NULL;
+	worker_gone(my_slot);
 	my_slot->left_cleanly = true;
 	my_slot->due_at = due_at;
 	SpinLockRelease(&my_slot->mutex);
@@ -345,10 +377,8 @@ state_worker_vacate(void)
 {
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	SpinLockAcquire(&my_slot->mutex);
+	worker_gone(my_slot);
 	my_slot->left_cleanly = true;
-	my_slot->worker_pid = 0;
-	my_slot->worker_latch = NULL;
-	my_slot->starting = false;
 	my_slot->due_at = 0;
 	if (!my_slot->wanted)
 		my_slot->database = InvalidOid;
@@ -387,6 +417,14 @@ state_launcher_attach(void)
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	shared->launcher_latch = MyLatch;
 	shared->launcher_pid = MyProcPid;
+	/* what an earlier launcher asked for it will never hear of */
+	for (int i = 0; i < shared->nslots; i++)
+	{
+		SpinLockAcquire(&shared->slots[i].mutex);
+		if (shared->slots[i].worker_pid == 0)
+			shared->slots[i].starting = false;
+		SpinLockRelease(&shared->slots[i].mutex);
+	}
 	LWLockRelease(shared->lock);
 	before_shmem_exit(launcher_detach, (Datum) 0);
 }
@@ -414,7 +452,7 @@ state_launcher_visit(Oid database)
  * A database that needs a worker now, or until when there is none to start.
  */
 StateLaunch
-state_launcher_next(int64 now, Oid *database, int64 *wait_until)
+state_launcher_next(int64 now, Oid *database, uint64 *start, int64 *wait_until)
 {
 	StateLaunch result = STATE_LAUNCH_NONE;
 
@@ -434,9 +472,11 @@ state_launcher_next(int64 now, Oid *database, int64 *wait_until)
 			if (at > 0 && at <= now)
 			{
 				slot->starting = true;
+				slot->started_by = MyProcPid;
 				slot->attached = false;
 				slot->wanted = false;
 				slot->due_at = 0;
+				slot->start = *start = ++shared->starts;
 				*database = slot->database;
 				result = STATE_LAUNCH_START;
 			}
@@ -473,22 +513,31 @@ state_launcher_started(Oid database, bool registered)
 	SpinLockRelease(&slot->mutex);
 }
 
-/* The worker the launcher started for this database is gone */
+/* The worker of this start is gone */
 void
-state_launcher_ended(Oid database, int64 now)
+state_launcher_ended(Oid database, uint64 start, int64 now)
 {
 	StateSlot  *slot = slot_find(database, false);
 
 	if (slot == NULL)
 		return;
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	SpinLockAcquire(&slot->mutex);
+	if (slot->start != start)
+	{
+		/* the slot was vacated and is another's, or another start's */
+		SpinLockRelease(&slot->mutex);
+		LWLockRelease(shared->lock);
+		return;
+	}
 	slot->starting = false;
 	if (!slot->attached)
 	{
 		/* the database is gone, or takes no connections: its slot is free */
 		slot->left_cleanly = true;
+		if (!slot->wanted)
+			slot->database = InvalidOid;
 		slot->wanted = false;
-		slot->database = InvalidOid;
 	}
 	if (slot->left_cleanly || slot->progressed)
 		slot->failures = 0;
@@ -505,6 +554,7 @@ state_launcher_ended(Oid database, int64 now)
 										 FAILURE_WAIT_MAX_MS);
 	}
 	SpinLockRelease(&slot->mutex);
+	LWLockRelease(shared->lock);
 }
 
 /* Why no worker runs although there may be work, in words, or NULL */

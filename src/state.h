@@ -47,9 +47,10 @@ typedef enum StateLaunch
 extern void state_launcher_attach(void);
 extern bool state_launcher_present(void);
 extern void state_launcher_visit(Oid database);	/* ask for a worker there */
-extern StateLaunch state_launcher_next(int64 now, Oid *database, int64 *wait_until);
+extern StateLaunch state_launcher_next(int64 now, Oid *database, uint64 *start,
+									   int64 *wait_until);
 extern void state_launcher_started(Oid database, bool registered);
-extern void state_launcher_ended(Oid database, int64 now);
+extern void state_launcher_ended(Oid database, uint64 start, int64 now);
 extern const char *state_launch_problem(Oid database);
 
 #endif

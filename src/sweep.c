@@ -177,6 +177,8 @@ add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 	}
 	swept->rows[swept->nrows].tid = row->tid;
 	swept->rows[swept->nrows].lsn = row->lsn;
+	swept->rows[swept->nrows].entity_id = swept->profile.key.id;
+	swept->rows[swept->nrows].entity_len = swept->profile.key.len;
 	swept->nrows++;
 	sweep->positions++;
 }

@@ -11,7 +11,7 @@
 
 #include "access/xact.h"
 #include "catalog/pg_database.h"
-#include "executor/spi.h"
+#include "commands/extension.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
@@ -31,6 +31,7 @@
 #include "ledger.h"
 #include "sender.h"
 #include "settings.h"
+#include "sql.h"
 #include "worker.h"
 
 /* Leaves after so long without work (API ms) */
@@ -53,8 +54,12 @@
 
 #define MAX_CONNECTIONS 100
 #define MAX_SERVERS 16
+#define MAX_RESULTS 256			/* dealt with in one transaction */
 
+static Oid	extension;
 static Oid	extension_owner;
+static Oid	step_user;
+static int	step_sec_context;
 static Http *http;
 static MemoryContext step_context;
 static Sender *senders[MAX_SERVERS];
@@ -63,6 +68,7 @@ static bool senders_loaded = false;
 static uint64 seen_changes = 0;
 static uint64 seen_bulk_changes = 0;
 static bool prepared_pending = false;
+static bool look_at_all = true; /* the next look reads everything */
 
 /* ---------------------------------------------------------- transactions */
 
@@ -71,9 +77,17 @@ begin_step(void)
 {
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
-	SetUserIdAndSecContext(extension_owner, SECURITY_RESTRICTED_OPERATION);
-	SPI_connect();
+	GetUserIdAndSecContext(&step_user, &step_sec_context);
+	SetUserIdAndSecContext(extension_owner, step_sec_context | SECURITY_RESTRICTED_OPERATION);
+	sql_connect();
 	PushActiveSnapshot(GetTransactionSnapshot());
+}
+
+static void
+commit_setting(const char *value)
+{
+	(void) set_config_option("synchronous_commit", value, PGC_SUSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
 }
 
 /* durable: what was marked must be on disk before its body leaves */
@@ -82,9 +96,11 @@ end_step(bool durable)
 {
 	PopActiveSnapshot();
 	SPI_finish();
+	SetUserIdAndSecContext(step_user, step_sec_context);
 	if (!durable)
-		(void) set_config_option("synchronous_commit", "off", PGC_SUSET, PGC_S_SESSION,
-								 GUC_ACTION_LOCAL, true, 0, false);
+		commit_setting("off");
+	else if (synchronous_commit < SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
+		commit_setting("local");
 	CommitTransactionCommand();
 	MemoryContextReset(step_context);
 	MemoryContextSwitchTo(step_context);
@@ -112,8 +128,6 @@ pin_settings(void)
 
 	for (size_t i = 0; i < lengthof(settings); i++)
 		SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
-	if (synchronous_commit < SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
-		SetConfigOption("synchronous_commit", "local", PGC_SUSET, PGC_S_OVERRIDE);
 }
 
 /* -------------------------------------------------------------- database */
@@ -147,7 +161,12 @@ extension_is_ours(void)
 	StartTransactionCommand();
 	installed = environment_installed(NULL, &extension_owner, &version);
 	same = installed && strcmp(version, USERPILOT_VERSION) == 0;
-	if (installed && !same)
+	/* dropped and made anew: what is in memory is of the old tables */
+	if (same && OidIsValid(extension))
+		same = extension == get_extension_oid("userpilot", true);
+	else if (same)
+		extension = get_extension_oid("userpilot", true);
+	if (installed && strcmp(version, USERPILOT_VERSION) != 0)
 		ereport(WARNING,
 				(errmsg("userpilot does not deliver: extension version %s, library version %s",
 						version, USERPILOT_VERSION),
@@ -199,6 +218,7 @@ load_senders(void)
 			quota_calls_seed(sender->env->fingerprint,
 							 ledger_recent_calls(sender->env->server), clock_now());
 			senders[nsenders++] = sender;
+			look_at_all = true;
 		}
 		else if (sender != NULL)
 			sender->stale = !sender_reload(sender);
@@ -224,60 +244,72 @@ load_senders(void)
 
 /* ----------------------------------------------------------------- steps */
 
+/* The results that are this sender's */
+static void
+answer_sender(Sender *sender, HttpResult **results, Sender **whose, int n)
+{
+	HttpResult **realtime = palloc(n * sizeof(HttpResult *));
+	HttpResult *bulk = NULL;
+	int64		now = clock_now();
+	int			nrealtime = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (whose[i] != sender)
+			continue;
+		if (((Call *) results[i]->owner)->pending != NULL)
+			realtime[nrealtime++] = results[i];
+		else
+			bulk = results[i];
+	}
+	if (bulk != NULL)
+		bulk_answered(sender, bulk, now);
+	if (nrealtime > 0)
+		realtime_answered(sender, realtime, nrealtime, now);
+	sender_report(sender, now, false);
+}
+
 /* Learns from what has been answered */
 static bool
 step_answers(void)
 {
 	HttpResult *result;
-	List	   *results = NIL;
-	int64		now = clock_now();
+	HttpResult *results[MAX_RESULTS];
+	Sender	   *whose[MAX_RESULTS];
+	int			n = 0;
 
-	while ((result = http_next(http)) != NULL)
-		results = lappend(results, result);
-	if (results == NIL)
+	while (n < MAX_RESULTS && (result = http_next(http)) != NULL)
+	{
+		/* a call's memory goes as it is dealt with: tell them apart now */
+		whose[n] = ((Call *) result->owner)->sender;
+		results[n++] = result;
+	}
+	if (n == 0)
 		return false;
 
 	begin_step();
 	for (int i = 0; i < nsenders; i++)
-	{
-		HttpResult **mine = palloc(list_length(results) * sizeof(HttpResult *));
-		int			n = 0;
-		ListCell   *lc;
-
-		foreach(lc, results)
-		{
-			Call	   *call = ((HttpResult *) lfirst(lc))->owner;
-
-			if (call->sender != senders[i])
-				continue;
-			if (call->pending != NULL)
-				mine[n++] = lfirst(lc);
-			else
-				bulk_answered(senders[i], lfirst(lc), now);
-		}
-		if (n > 0)
-			realtime_answered(senders[i], mine, n, now);
-		sender_report(senders[i], now, false);
-	}
+		answer_sender(senders[i], results, whose, n);
 	end_step(false);
-	for (int i = 0; i < list_length(results); i++)
-		http_result_free(list_nth(results, i));
+	for (int i = 0; i < n; i++)
+		http_result_free(results[i]);
 	return true;
 }
 
 static void
-step_look(StateWake wake, bool everything)
+step_look(StateWake wake)
 {
 	begin_step();
 	for (int i = 0; i < nsenders; i++)
 	{
-		if (everything)
+		if (look_at_all)
 			realtime_reset_look(senders[i]);
-		if (wake.bulk_changes != seen_bulk_changes || everything)
+		if (wake.bulk_changes != seen_bulk_changes || look_at_all)
 			senders[i]->bulk.dirty = true;
 		(void) realtime_look(senders[i]);
 	}
 	end_step(false);
+	look_at_all = false;
 	seen_changes = wake.changes;
 	seen_bulk_changes = wake.bulk_changes;
 }
@@ -317,10 +349,15 @@ step_sender(Sender *sender)
 static void
 step_watch(void)
 {
+	bool		pending;
+
 	begin_step();
-	prepared_pending = queue_prepared_pending();
+	pending = queue_prepared_pending();
 	ledger_prune();
 	end_step(false);
+	/* one was decided: its rows are no news to any look */
+	look_at_all |= prepared_pending;
+	prepared_pending = pending;
 }
 
 static void
@@ -355,6 +392,8 @@ anything_left(void)
 		left |= queue_has_rows(senders[i]->env->server, false);
 		sender_report(senders[i], clock_now(), true);
 	}
+	if (!left)
+		history_prune();
 	end_step(false);
 	return left;
 }
@@ -401,7 +440,7 @@ watch(int64 *pruned_at)
 	}
 	if (!extension_is_ours())
 	{
-		state_worker_vacate();
+		state_worker_retreat(now + clock_api_ms(RETREAT_MS));
 		return false;
 	}
 	load_senders();
@@ -461,7 +500,6 @@ serve(void)
 	TimestampTz watched_at = 0;
 	int64		pruned_at = clock_now();
 	int64		busy_at = clock_now();
-	bool		everything = true;
 	bool		first = true;
 
 	for (;;)
@@ -485,17 +523,14 @@ serve(void)
 			watched_at = GetCurrentTimestamp();
 		}
 
-		everything |= wake.read_all;
+		look_at_all |= wake.read_all;
 		if (step_answers())
 		{
 			did = true;
 			note_progress();
 		}
-		if (everything || wake.changes != seen_changes || prepared_pending)
-		{
-			step_look(wake, everything);
-			everything = false;
-		}
+		if (look_at_all || wake.changes != seen_changes)
+			step_look(wake);
 		for (int i = 0; i < nsenders; i++)
 			did |= step_sender(senders[i]);
 
@@ -503,9 +538,10 @@ serve(void)
 			busy_at = clock_now();
 		else if (first || clock_now() - busy_at >= IDLE_MS)
 		{
-			if (nsenders > 0 && anything_left())
+			step_watch();
+			if (prepared_pending || look_at_all || (nsenders > 0 && anything_left()))
 			{
-				everything = true;
+				look_at_all = !prepared_pending;
 				busy_at = clock_now();
 				first = false;
 				continue;
