@@ -14,16 +14,16 @@ OBJS = $(patsubst %.c,%.o,$(sort $(wildcard src/*.c)))
 
 # pg_regress: --inputdir=test finds test/sql and the top-level expected/
 REGRESS = $(patsubst test/sql/%.sql,%,$(sort $(wildcard test/sql/*.sql)))
-REGRESS_OPTS = --inputdir=test --temp-instance=./tmp_check/regress \
+REGRESS_OPTS = --inputdir=test --temp-instance=./tmp_regress \
 	--temp-config=test/regress.conf
 ISOLATION = $(patsubst test/specs/%.spec,%,$(sort $(wildcard test/specs/*.spec)))
 ISOLATION_OPTS = --inputdir=test --outputdir=. \
-	--temp-instance=./tmp_check/isolation --temp-config=test/regress.conf
+	--temp-instance=./tmp_isolation --temp-config=test/regress.conf
 TAP_TESTS = 1
 PROVE_TESTS = test/t/*.pl
 
 UNIT = test/unit/merge_histories test/unit/delivery_cells
-EXTRA_CLEAN = $(UNIT) tmp_check
+EXTRA_CLEAN = $(UNIT) tmp_check tmp_regress tmp_isolation
 
 PG_CPPFLAGS = -Isrc $(shell curl-config --cflags)
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter

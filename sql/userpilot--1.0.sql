@@ -29,6 +29,7 @@ COMMENT ON FOREIGN DATA WRAPPER userpilot IS
  */
 CREATE TABLE userpilot_enabled (
 	server text PRIMARY KEY,
+	server_oid oid NOT NULL,
 	system_identifier bigint NOT NULL,
 	database oid NOT NULL,
 	enabled_at timestamptz NOT NULL DEFAULT now(),
@@ -41,6 +42,8 @@ COMMENT ON TABLE userpilot_enabled IS
 'servers that were enabled, each for one database of one system; not dumped, so that a copy never sends by itself';
 COMMENT ON COLUMN userpilot_enabled.server IS
 'name of the foreign server';
+COMMENT ON COLUMN userpilot_enabled.server_oid IS
+'OID of that server: another one of the same name is not enabled by it';
 COMMENT ON COLUMN userpilot_enabled.system_identifier IS
 'system identifier of the cluster that sends';
 COMMENT ON COLUMN userpilot_enabled.database IS
@@ -240,7 +243,7 @@ COMMENT ON COLUMN userpilot_requests.job IS 'userpilot_jobs.id the call was abou
 COMMENT ON COLUMN userpilot_requests.kind IS 'company or user, of a real-time call.';
 COMMENT ON COLUMN userpilot_requests.entity_id IS 'Entity of a real-time call.';
 COMMENT ON COLUMN userpilot_requests.http_status IS 'Null if there was no whole answer.';
-COMMENT ON COLUMN userpilot_requests.outcome IS 'What the extension did with it: learn, back-off, throttle, outage, pause, dead, conflict, shrink, dissolve, unknown.';
+COMMENT ON COLUMN userpilot_requests.outcome IS 'What the extension did with it: acknowledged, back-off, throttled, outage, paused, dead letter, slot taken, too large, dissolved, unknown.';
 COMMENT ON COLUMN userpilot_requests.request_id IS 'x-request-id of the answer.';
 COMMENT ON COLUMN userpilot_requests.ms IS 'Milliseconds from start to end.';
 COMMENT ON COLUMN userpilot_requests.bytes IS 'Bytes of body sent.';
@@ -515,7 +518,7 @@ CREATE AGGREGATE userpilot_companies_ndjson(company_id "any", metadata jsonb) (
 	FINALFUNC = userpilot_ndjson_final
 );
 COMMENT ON AGGREGATE userpilot_companies_ndjson("any", jsonb) IS
-'The NDJSON file for POST /v1/companies/bulk_identify: one record a line. COPY in text format doubles backslashes and so breaks JSON; write it with psql -qAt.';
+'The NDJSON file for POST /v1/companies/bulk_identify: one record a line. COPY in text format doubles backslashes and so breaks JSON; write it with psql -qAtX -o FILE.';
 
 CREATE AGGREGATE userpilot_users_payload(user_id "any", metadata jsonb) (
 	SFUNC = userpilot_users_payload_trans,

@@ -31,6 +31,7 @@
 typedef struct EnabledRow
 {
 	char	   *server;
+	Oid			serverid;
 	bool		here;			/* of this system and database */
 } EnabledRow;
 
@@ -42,7 +43,7 @@ static List *
 read_enabled(void)
 {
 	static SqlStatement statement =
-	SQL_STATEMENT("SELECT server, system_identifier, database"
+	SQL_STATEMENT("SELECT server, system_identifier, database, server_oid"
 				  " FROM @.userpilot_enabled ORDER BY server", 0, {0});
 	SqlCaller	saved;
 	List	   *rows = NIL;
@@ -60,6 +61,7 @@ read_enabled(void)
 		Oid			database = DatumGetObjectId(SPI_getbinval(tuple, desc, 3, &isnull));
 
 		row->server = SPI_getvalue(tuple, desc, 1);
+		row->serverid = DatumGetObjectId(SPI_getbinval(tuple, desc, 4, &isnull));
 		row->here = system == (int64) GetSystemIdentifier() &&
 			database == MyDatabaseId;
 		rows = lappend(rows, row);
@@ -98,7 +100,7 @@ environment_enabled(void)
 		Oid			serverid = get_foreign_server_oid(row->server, true);
 		ForeignServer *server;
 
-		if (!row->here || !OidIsValid(serverid))
+		if (!row->here || !OidIsValid(serverid) || serverid != row->serverid)
 			continue;
 		server = GetForeignServer(serverid);
 		if (environment_is_ours(server->fdwid) && bound_elsewhere(server) == NULL)
@@ -125,7 +127,9 @@ environment_disabled_reason(Oid serverid)
 
 	foreach(cell, read_enabled())
 	{
-		if (strcmp(((EnabledRow *) lfirst(cell))->server, server->servername) == 0)
+		if (strcmp(((EnabledRow *) lfirst(cell))->server, server->servername) == 0 &&
+			(((EnabledRow *) lfirst(cell))->serverid == serverid ||
+			 !((EnabledRow *) lfirst(cell))->here))
 			row = (EnabledRow *) lfirst(cell);
 	}
 	if (row == NULL)
@@ -144,10 +148,9 @@ environment_disabled_reason(Oid serverid)
 /* The server that a function's first argument names, if the current user may
  * manage it; raises otherwise */
 static char *
-managed_server(FunctionCallInfo fcinfo)
+managed_server(FunctionCallInfo fcinfo, Oid *serverid)
 {
 	char	   *server;
-	Oid			serverid;
 
 	if (PG_ARGISNULL(0))
 		ereport(ERROR,
@@ -155,8 +158,8 @@ managed_server(FunctionCallInfo fcinfo)
 				 errmsg("server must not be null"),
 				 errhint("Name it, as in userpilot_enable('userpilot').")));
 	server = NameStr(*PG_GETARG_NAME(0));
-	serverid = environment_lookup(server, false);
-	if (!compat_server_ownercheck(serverid, GetUserId()))
+	*serverid = environment_lookup(server, false);
+	if (!compat_server_ownercheck(*serverid, GetUserId()))
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("must be owner of foreign server \"%s\"", server),
@@ -177,6 +180,39 @@ write_enabled(SqlStatement *statement, Datum *args)
 }
 
 /*
+ * What is queued under a name may have been meant for another server that had
+ * it before, with another owner and key: that is not for any owner to decide.
+ */
+static void
+refuse_foreign_rows(const char *server, Oid serverid)
+{
+	static SqlStatement statement =
+	SQL_STATEMENT("SELECT FROM @.userpilot_queue"
+				  " WHERE server OPERATOR(pg_catalog.=) $1 AND NOT EXISTS"
+				  " (SELECT FROM @.userpilot_enabled e"
+				  "  WHERE e.server OPERATOR(pg_catalog.=) $1"
+				  "  AND e.server_oid OPERATOR(pg_catalog.=) $2) LIMIT 1",
+				  2, {TEXTOID, OIDOID});
+	Datum		args[2];
+	SqlCaller	saved;
+	bool		found;
+
+	if (superuser())
+		return;
+	args[0] = CStringGetTextDatum(server);
+	args[1] = ObjectIdGetDatum(serverid);
+	sql_become_owner(&saved);
+	found = sql_execute(&statement, args, NULL, false) > 0;
+	sql_become_caller(&saved);
+	if (found)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("changes were queued for server \"%s\" before it was enabled", server),
+				 errdetail("They may have been meant for another server that had this name."),
+				 errhint("A superuser must enable it, or remove them from userpilot_queue.")));
+}
+
+/*
  * userpilot_enable(server name)
  *		Makes this database the one that sends to the server.  A row that
  *		names another database is taken over.
@@ -186,19 +222,24 @@ userpilot_enable(PG_FUNCTION_ARGS)
 {
 	static SqlStatement statement =
 	SQL_STATEMENT("INSERT INTO @.userpilot_enabled"
-				  " (server, system_identifier, database, by)"
-				  " VALUES ($1, $2, $3, $4)"
+				  " (server, system_identifier, database, by, server_oid)"
+				  " VALUES ($1, $2, $3, $4, $5)"
 				  " ON CONFLICT (server) DO UPDATE SET"
 				  " system_identifier = EXCLUDED.system_identifier,"
 				  " database = EXCLUDED.database,"
-				  " enabled_at = DEFAULT, by = EXCLUDED.by",
-				  4, {TEXTOID, INT8OID, OIDOID, TEXTOID});
-	Datum		args[4];
+				  " enabled_at = DEFAULT, by = EXCLUDED.by,"
+				  " server_oid = EXCLUDED.server_oid",
+				  5, {TEXTOID, INT8OID, OIDOID, TEXTOID, OIDOID});
+	Datum		args[5];
+	Oid			serverid;
+	char	   *server = managed_server(fcinfo, &serverid);
 
-	args[0] = CStringGetTextDatum(managed_server(fcinfo));
+	refuse_foreign_rows(server, serverid);
+	args[0] = CStringGetTextDatum(server);
 	args[1] = Int64GetDatum((int64) GetSystemIdentifier());
 	args[2] = ObjectIdGetDatum(MyDatabaseId);
 	args[3] = CStringGetTextDatum(GetUserNameFromId(GetUserId(), false));
+	args[4] = ObjectIdGetDatum(serverid);
 	write_enabled(&statement, args);
 	PG_RETURN_VOID();
 }
@@ -214,8 +255,9 @@ userpilot_disable(PG_FUNCTION_ARGS)
 	SQL_STATEMENT("DELETE FROM @.userpilot_enabled"
 				  " WHERE server OPERATOR(pg_catalog.=) $1", 1, {TEXTOID});
 	Datum		args[1];
+	Oid			serverid;
 
-	args[0] = CStringGetTextDatum(managed_server(fcinfo));
+	args[0] = CStringGetTextDatum(managed_server(fcinfo, &serverid));
 	write_enabled(&statement, args);
 	PG_RETURN_VOID();
 }

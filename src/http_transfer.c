@@ -40,13 +40,18 @@
 
 /*
  * The connection stands and the request is about to be written.  Called again
- * if libcurl repeats it because a kept connection turned out to be dead.
+ * if libcurl would repeat it because a kept connection turned out to be dead:
+ * not behind our back, as it may have arrived, and calls are counted.
  */
 static int
 note_begun(void *arg, char *primary_ip, char *local_ip, int primary_port,
 		   int local_port)
 {
-	((HttpTransfer *) arg)->begun = true;
+	HttpTransfer   *transfer = (HttpTransfer *) arg;
+
+	if (transfer->begun)
+		return CURL_PREREQFUNC_ABORT;
+	transfer->begun = true;
 	return CURL_PREREQFUNC_OK;
 }
 

@@ -159,8 +159,8 @@ check_processes(void)
 			"Add userpilot to shared_preload_libraries and restart the server.");
 		return;
 	}
-	say(state_launcher_present(), state_launcher_present() ?
-		"the launcher is running" : "the launcher is not running", NULL);
+	if (state_launcher_present())
+		say(true, "the launcher is running", NULL);
 
 	sql_become_owner(&caller);
 	used = environment_workers_used();

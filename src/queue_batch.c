@@ -24,10 +24,12 @@
 #include "utils/memutils.h"
 #include "utils/pg_lsn.h"
 #include "utils/rel.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 #include "utils/xid8.h"
 
 #include "compat.h"
+#include "environment.h"
 #include "queue.h"
 #include "queue_table.h"
 #include "state.h"
@@ -52,6 +54,7 @@ typedef struct BatchRecord
 	text	   *statement;
 	text	   *by;
 	SubTransactionId subtransaction;
+	bool		aborted;		/* its subtransaction was rolled back */
 } BatchRecord;
 
 struct QueueBatch
@@ -110,6 +113,21 @@ queue_batch_open(text *server, UserpilotKind kind, const char *command)
 	return batch;
 }
 
+/*
+ * A cursor can outlive the subtransaction its SELECT began in.  Rows written
+ * in another one would come and go without the record that orders them.
+ */
+static void
+check_subtransaction(const QueueBatch *batch)
+{
+	if (batch->record->aborted ||
+		batch->record->subtransaction != GetCurrentSubTransactionId())
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+				 errmsg("a bulk SELECT cannot go on in another subtransaction than it began in"),
+				 errhint("Run it as one statement, or fetch from its cursor without savepoints in between.")));
+}
+
 text *
 queue_batch_server(const QueueBatch *batch)
 {
@@ -135,11 +153,15 @@ next_slot(QueueBatch *batch, TupleDesc desc)
 void
 queue_batch_add(QueueBatch *batch, const QueueChange *change)
 {
-	TupleDesc	desc = queue_descriptor();
-	MemoryContext old = MemoryContextSwitchTo(batch->rows_context);
-	HeapTuple	tuple = queue_form_row(desc, change, batch->record->lsn,
-									   batch->record->at, batch->record->id, true);
+	TupleDesc	desc;
+	MemoryContext old;
+	HeapTuple	tuple;
 
+	check_subtransaction(batch);
+	desc = queue_descriptor();
+	old = MemoryContextSwitchTo(batch->rows_context);
+	tuple = queue_form_row(desc, change, batch->record->lsn,
+						   batch->record->at, batch->record->id, true);
 	MemoryContextSwitchTo(old);
 	ExecStoreHeapTuple(tuple, next_slot(batch, desc), false);
 	batch->nrows++;
@@ -151,6 +173,7 @@ queue_batch_add(QueueBatch *batch, const QueueChange *change)
 void
 queue_batch_flush(QueueBatch *batch)
 {
+	check_subtransaction(batch);
 	if (batch->nrows == 0)
 		return;
 	queue_insert_slots(batch->slots, batch->nrows);
@@ -198,8 +221,11 @@ queue_batches_record(void)
 	TupleTableSlot *slot;
 	ListCell   *lc;
 
-	if (records == NIL)
+	/* the extension may have been dropped after it queued */
+	if (records == NIL || !environment_installed(NULL, NULL, NULL))
 		return;
+	/* at this point of a commit there is no snapshot any more */
+	PushActiveSnapshot(GetTransactionSnapshot());
 	rel = table_open(queue_relid("userpilot_batches"), RowExclusiveLock);
 	estate = CreateExecutorState();
 	rri = makeNode(ResultRelInfo);
@@ -217,6 +243,7 @@ queue_batches_record(void)
 	ExecCloseIndices(rri);
 	FreeExecutorState(estate);
 	table_close(rel, NoLock);
+	PopActiveSnapshot();
 	records = NIL;
 }
 
@@ -242,6 +269,9 @@ queue_batches_subtransaction(bool commit, SubTransactionId me, SubTransactionId 
 		if (commit)
 			record->subtransaction = parent;
 		else
+		{
+			record->aborted = true;
 			records = foreach_delete_current(records, lc);
+		}
 	}
 }

@@ -538,6 +538,7 @@ serve(void)
 			busy_at = clock_now();
 		else if (first || clock_now() - busy_at >= IDLE_MS)
 		{
+			load_senders();
 			step_watch();
 			if (prepared_pending || look_at_all || (nsenders > 0 && anything_left()))
 			{

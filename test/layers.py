@@ -22,16 +22,17 @@ LAYERS = [
      ["http", "http_transfer", "http_url"]],
     # made of one of those
     [["clock"], ["payload"], ["api"], ["options"]],
-    # shared memory; what the catalog says of a server
-    [["state"], ["environment"]],
-    # SQL in the extension's own schema
-    [["sql"]],
+    # limits, in shared memory; what the catalog says of a server
+    [["quota"], ["environment"]],
+    # slots, in shared memory; SQL in the extension's own schema
+    [["state"], ["sql"]],
     # one table, or a few that belong together, each; environment_enabled is
     # of environment.h, but reads a table
     [["queue", "queue_table", "queue_batch", "queue_read"], ["jobs"],
-     ["profiles"], ["history"], ["environment_enabled"]],
+     ["profiles"], ["history"], ["ledger"], ["environment_enabled"]],
     # the lanes of one server
-    [["sender", "realtime", "bulk", "sweep"]],
+    [["sender", "realtime", "pending", "bulk", "bulk_job", "bulk_answers",
+      "sweep"]],
     # entry points
     [["worker"], ["functions"], ["aggregates"], ["triggers"],
      ["procedures"]],

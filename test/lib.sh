@@ -12,7 +12,10 @@
 # PostgreSQL finds its directories relative to its programs, so a copy works
 # from anywhere as long as the layout stays.
 #
-# Sourced by bash; the caller has set TREE, the checkout.
+# Sourced by bash; the caller has set TREE, the checkout, and SAY, a command
+# that tells the reader what is being done.
+#
+# shellcheck disable=SC2034	# what it sets is for the caller
 
 # Programs of a developer's home are not for the unprivileged user
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -80,6 +83,7 @@ as_root()
 	if [ "$(id -u)" = 0 ]; then
 		"$@" >"$log" 2>&1 </dev/null || rc=$?
 	else
+		# shellcheck disable=SC2024
 		sudo env PATH="$PATH" "$@" >"$log" 2>&1 || rc=$?
 	fi
 	if [ "$rc" != 0 ]; then
@@ -92,12 +96,14 @@ as_root()
 # Installs the packages named, "postgresql" included, without a system cluster
 install_packages()
 {
-	local packages=" $* " rc=0
+	local packages=" $* " postgres rc=0
 
-	export DEBIAN_FRONTEND=noninteractive
 	as_root apt-get -q update ||
 		echo "apt-get update failed; trying with the lists that are there" >&2
-	packages=${packages/ postgresql / $(name_postgres) }
+	if [ "${packages/ postgresql /}" != "$packages" ]; then
+		postgres=$(name_postgres) || return 1
+		packages=${packages/ postgresql / $postgres }
+	fi
 
 	# postgresql-common would otherwise start a cluster that stays
 	as_root mkdir -p "${NO_CLUSTER%/*}" || return 1
@@ -110,9 +116,8 @@ install_packages()
 	return "$rc"
 }
 
-# Makes sure of what every use needs, and of "package" where it is named
-# because the caller found it missing.  Sets PG_CONFIG; says what it does
-# with the command in $SAY.
+# Installs what every use needs and is missing, and the packages named, which
+# the caller found missing.  Sets PG_CONFIG and PG_VERSION.
 need_packages()
 {
 	local missing

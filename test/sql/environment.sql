@@ -4,6 +4,7 @@
 \set SHOW_CONTEXT never
 -- whether the library is preloaded is not this test's business
 SET client_min_messages = error;
+CREATE EXTENSION IF NOT EXISTS userpilot;
 
 CREATE ROLE regress_environment_owner;
 CREATE ROLE regress_environment_other;

@@ -1,0 +1,141 @@
+# Whatever happens to a job, from its submission to its end, Userpilot comes to
+# have what the tables say.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib $FindBin::RealBin;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Userpilot;
+use Userpilot::Faults;
+
+set_up('jobs');
+
+my $bulk = '^/v1/companies/bulk_identify$';
+
+# --- submitting a job, in either format ---
+
+my %of_submit = (
+	'503 with Retry-After' => qr/throttled/,
+	'429'                  => qr/throttled/,
+	'429 with Retry-After' => qr/throttled/,
+	'401'                  => qr/paused/,
+	'403'                  => qr/paused/,
+	'late answer'          => qr/^acknowledged$/,
+);
+
+# These jobs arrived although no answer says so
+my $arrived = qr/after|too late|truncated|garbage|HTML|dripping|oversized/;
+
+foreach my $format ('json', 'ndjson')
+{
+	set_option('bulk_format', $format);
+	foreach my $name (sort keys %answers)
+	{
+		survives("$format job, $name", $answers{$name}, $bulk, 'bulk',
+			$of_submit{$name} // qr/unknown/);
+
+		# ... and are found again by the name of the file
+		if ($format eq 'ndjson' && $name =~ $arrived && $name !~ /Retry/)
+		{
+			is(jobs_said(), 'completed 30', '... and the job was found again');
+		}
+		else
+		{
+			like(jobs_said(), qr/^(refused 30, )?completed 30$/, '... and a job was completed');
+		}
+	}
+}
+
+survives('409', { status => 409 }, $bulk, 'bulk', qr/slot taken/);
+is(jobs_said(), 'refused 30, completed 30', '... and the rows were bound anew');
+survives('413', { status => 413 }, $bulk, 'bulk', qr/too large/);
+is(jobs_said(), 'refused 30, completed 15, completed 15', '... and sent in halves');
+foreach my $status (400, 404, 422)
+{
+	survives("job, $status", { status => $status }, $bulk, 'bulk', qr/dissolved/);
+	is(jobs_said(), 'dissolved 30', '... and its records went one by one');
+}
+
+# --- jobs that were accepted and then fare badly ---
+
+my %fates = (
+	'failed after half'   => [ { job => 'fail_half' }, 1, 'completed 30' ],
+	'failed at once'      => [ { job => 'fail_none' }, 1, 'completed 30' ],
+	'failed twice'        => [ { job => 'fail_half' }, 2, 'dissolved 30' ],
+	'failed and nothing'  => [ { job => 'fail_none' }, 2, 'dissolved 30' ],
+	'completed short'     => [ { job => 'short', rows => 3 }, 1, 'dissolved 30' ],
+	'in an odd status'    => [ { job => 'unknown_status' }, 1, 'completed 30' ],
+	'slow'                => [ { job => 'slow', factor => 200 }, 1, 'completed 30' ],
+	'accepted in brief'   => [ { job => 'terse' }, 1, 'completed 30' ],
+);
+
+foreach my $name (sort keys %fates)
+{
+	my ($do, $times, $said) = @{ $fates{$name} };
+
+	survives("job $name", $do, $bulk, 'bulk', qr/^acknowledged$/, times => $times);
+	is(jobs_said(), $said, '... and the history says so');
+	is(sql(q{SELECT max(attempts) FROM userpilot_jobs}),
+		$name =~ /failed/ ? 2 : 1, '... and how often it was submitted');
+}
+like(sql(q{SELECT coalesce(string_agg(error, ''), 'none') FROM userpilot_jobs}),
+	qr/^none$/, 'a slow job is no error');
+survives('job short', { job => 'short', rows => 3 }, $bulk, 'bulk', qr/^acknowledged$/);
+is( sql('SELECT completed_rows, error FROM userpilot_jobs'),
+	'27|completed with 27 of 30 records',
+	'a short job says how short');
+
+# --- a job that does not end ---
+
+$api->fault({ job => 'stuck', status => 'processing' }, match => { path => $bulk });
+change('bulk');
+until_true('the job is stuck',
+	sub { return sql(q{SELECT max(completed_rows) FROM userpilot_jobs WHERE finished_at IS NULL}) eq '15' });
+sql('UPDATE accounts SET version = version + 1 WHERE id > 25; INSERT INTO accounts VALUES (31, 1)');
+until_true('others are not held up', sub { return defined $api->entity('companies', '31') });
+ok(1, 'a stuck job holds up its own companies only');
+cmp_ok($api->entity('companies', '30')->{metadata}{version},
+	'<', sql('SELECT version FROM accounts WHERE id = 30'), '... while it may still end');
+
+# half an hour, so 3 seconds here
+my $overdue = eval {
+	until_true(
+		'newer changes leave',
+		sub {
+			return $api->entity('companies', '30')->{metadata}{version} ==
+			  sql('SELECT version FROM accounts WHERE id = 30');
+		},
+		12);
+};
+ok($overdue, '... and not even those once it is overdue');
+$api->finish_jobs;
+$api->no_faults;
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, 'a stuck job that ends after all',
+	companies => 'SELECT * FROM account_meta');
+
+# --- somebody else's job ---
+
+$api->foreign_job(100_000);
+change('bulk');
+until_true('it waits', sub { return status($node, 'postgres')->{state} eq 'waiting for the slot' });
+like(status($node, 'postgres')->{advice}, qr/another job runs at Userpilot/, 'a foreign job is named as the reason');
+sql(q{INSERT INTO accounts VALUES (32, 1)});
+until_true('real time goes on', sub { return defined $api->entity('companies', '32') });
+ok(1, 'real time goes on meanwhile');
+$api->finish_jobs;
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, 'after a foreign job', companies => 'SELECT * FROM account_meta');
+is(sql('SELECT count(*) FROM userpilot_jobs WHERE error IS NOT NULL AND finished_at > now() - $$1 s$$::interval'),
+	0, '... which is no error');
+
+is(dead_letters($node, 'postgres'), 0, 'nothing died');
+is($api->counters->{conflicts_own}, 0, 'no job of ours met another of ours');
+no_violations($api, 'jobs');
+
+done_testing();
