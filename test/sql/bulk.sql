@@ -244,6 +244,22 @@ FETCH 1 FROM c;
 CLOSE c;
 SELECT * FROM batches;
 TRUNCATE userpilot_queue, userpilot_batches;
+-- a cursor must not go on where its record would be lost, or its rows
+BEGIN;
+DECLARE c CURSOR FOR SELECT plan, userpilot_bulk_identify_companies(id, '{}') FROM accounts GROUP BY plan ORDER BY plan;
+SAVEPOINT s;
+FETCH 1 FROM c;
+ROLLBACK TO s;
+FETCH 1 FROM c;
+ROLLBACK;
+BEGIN;
+DECLARE c CURSOR FOR SELECT plan, userpilot_bulk_identify_companies(id, '{}') FROM accounts GROUP BY plan ORDER BY plan;
+FETCH 1 FROM c;
+SAVEPOINT s;
+FETCH 1 FROM c;
+ROLLBACK;
+SELECT * FROM queued;
+SELECT * FROM batches;
 -- opened, never fetched
 BEGIN;
 DECLARE c CURSOR FOR SELECT userpilot_bulk_identify_companies(id, '{}') FROM accounts;

@@ -154,7 +154,7 @@ UPDATE userpilot_progress SET companies_bulk = 0;
 SELECT server, pending, c_bulk FROM status WHERE server = 'userpilot';
 TRUNCATE userpilot_queue, userpilot_progress, userpilot_jobs, userpilot_job_chunks;
 -- a copy of another database says so
-INSERT INTO userpilot_enabled (server, system_identifier, database, by) VALUES ('userpilot', 1, 1, 'nobody');
+INSERT INTO userpilot_enabled (server, server_oid, system_identifier, database, by) VALUES ('userpilot', 1, 1, 1, 'nobody');
 SELECT server, state, advice FROM userpilot_status ORDER BY server;
 TRUNCATE userpilot_enabled;
 ALTER SERVER userpilot OPTIONS (only_on 'production');

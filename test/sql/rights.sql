@@ -234,6 +234,12 @@ RESET ROLE;
 -- as the owner, too: a server of one's own makes these functions write
 ALTER SERVER userpilot OWNER TO regress_rights;
 SET ROLE regress_rights;
+-- rows from before may have been meant for another server of this name
+SELECT public.userpilot_enable('userpilot');
+RESET ROLE;
+CREATE TEMP TABLE aside AS TABLE public.userpilot_queue;
+TRUNCATE public.userpilot_queue;
+SET ROLE regress_rights;
 BEGIN;
 SET LOCAL search_path = pg_temp, regress_rights, pg_catalog, public;
 SELECT public.userpilot_enable('userpilot');
@@ -242,6 +248,8 @@ SELECT public.userpilot_disable('userpilot');
 ROLLBACK;
 -- and functions called by a superuser with that path: operators of the extension's own SQL are bound
 RESET ROLE;
+INSERT INTO public.userpilot_queue TABLE aside;
+DROP TABLE aside;
 BEGIN;
 SET LOCAL search_path = regress_rights, pg_catalog, public;
 SELECT state FROM public.userpilot_status;

@@ -139,7 +139,7 @@ sql(q{
 		FOR EACH ROW EXECUTE FUNCTION to_userpilot();
 });
 $api->reset;
-sql('TRUNCATE userpilot_profiles');
+forget($node, 'postgres', 'profiles');
 
 my @accounts = (companies =>
 	  q{SELECT id, jsonb_build_object('name', name, 'clicks', clicks) AS metadata FROM accounts});
@@ -180,7 +180,7 @@ deliver(q{INSERT INTO accounts SELECT id, 'name of ' || id FROM odd_ids() AS id}
 accounts_equal('odd ids and values');
 sql('DELETE FROM accounts');
 $api->reset;
-sql('TRUNCATE userpilot_profiles');
+forget($node, 'postgres', 'profiles');
 deliver(q{SELECT userpilot_identify_user(id, jsonb_build_object(left(id, 255), id), id) FROM odd_ids() AS id});
 oracle_equals($node, 'postgres', $api, 'odd users',
 	users => 'SELECT id, jsonb_build_object(left(id, 255), id) AS metadata, id AS company_id FROM odd_ids() AS id');

@@ -28,7 +28,7 @@ sub start_over
 {
 	delivered($node, 'postgres');
 	$api->reset;
-	sql('TRUNCATE userpilot_profiles, userpilot_jobs, userpilot_job_chunks, userpilot_batches');
+	forget($node, 'postgres', 'profiles', 'jobs', 'batches');
 	return;
 }
 

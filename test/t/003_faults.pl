@@ -45,7 +45,7 @@ foreach my $name (sort keys %answers)
 # What is refused for what it says is dead at once, and can be retried
 foreach my $status (400, 404, 413, 422)
 {
-	sql('TRUNCATE userpilot_requests');
+	forget($node, 'postgres', 'requests');
 	$api->fault({ status => $status, body => '{"errors":[{"message":"no such luck"}]}' },
 		match => { path => $identify, body => '"company_id":"7"' });
 	change('realtime');

@@ -37,7 +37,7 @@ foreach my $poisoned (1, 10)
 		INSERT INTO accounts SELECT CASE WHEN i % (10000 / $poisoned) = 5000 % (10000 / $poisoned)
 			THEN 'poison ' ELSE 'company ' END || i, $poisoned FROM generate_series(1, 10000) i});
 	$api->reset;
-	sql('TRUNCATE userpilot_profiles, userpilot_jobs, userpilot_job_chunks, userpilot_requests');
+	forget($node, 'postgres', 'profiles', 'jobs', 'requests');
 	$api->fault(
 		{ status => 422, body => '{"errors":[{"message":"the name is poisoned"}]}' },
 		match => { path => 'identify$', body => '"poison ' },
@@ -149,8 +149,8 @@ is( sql(q{SELECT count(*) FROM userpilot_requests r, userpilot_status s, userpil
 
 # what it had, it forgets; so these are others
 sql(q{CREATE TABLE fresh (id int PRIMARY KEY, version int);
-	CREATE VIEW fresh_meta AS SELECT id, jsonb_build_object('version', version) AS metadata FROM fresh;
-	TRUNCATE userpilot_requests});
+	CREATE VIEW fresh_meta AS SELECT id, jsonb_build_object('version', version) AS metadata FROM fresh});
+forget($node, 'postgres', 'requests');
 $api->stop;
 sql(q{DO $$ BEGIN FOR i IN 1 .. 30 LOOP
 		INSERT INTO fresh SELECT 100 * i + j, i FROM generate_series(0, 99) j;

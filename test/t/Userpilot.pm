@@ -31,9 +31,10 @@ use Userpilot::StandIn;
 
 our @EXPORT = qw(
   create_environment
-  delivered
   dead_letters
+  delivered
   false
+  forget
   new_node
   no_violations
   oracle_equals
@@ -137,6 +138,23 @@ sub delivered
 		    'SELECT row_to_json(r) FROM userpilot_requests r'
 		  . ' ORDER BY id DESC LIMIT 5'));
 	die "not delivered: $err";
+}
+
+=pod
+
+=item forget($node, $db, @tables)
+
+Empties tables of the extension.  Not by TRUNCATE, whose lock on one table
+could wait for the worker while that waits for another.
+
+=cut
+
+sub forget
+{
+	my ($node, $db, @tables) = @_;
+
+	$node->safe_psql($db, join('', map { "DELETE FROM userpilot_$_;\n" } @tables));
+	return;
 }
 
 =pod

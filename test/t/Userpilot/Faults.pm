@@ -178,7 +178,7 @@ sub survives
 	my ($name, $do, $path, $lane, $outcome, %rule) = @_;
 
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
-	sql('TRUNCATE userpilot_requests, userpilot_jobs, userpilot_job_chunks');
+	forget($node, 'postgres', 'requests', 'jobs');
 	$api->fault($do, match => { path => $path }, %rule);
 	change($lane);
 	delivered($node, 'postgres');
