@@ -387,6 +387,8 @@ bulk_step(Sender *sender, int64 now)
 	Bulk	   *bulk = &sender->bulk;
 	MemoryContext old;
 
+	if (!sender_still_enabled(sender))
+		return false;
 	switch (bulk->state)
 	{
 		case BULK_IDLE:
@@ -441,6 +443,8 @@ bulk_start(Sender *sender, int64 now)
 	const char *error = NULL;
 	bool		started = false;
 
+	if (!sender_may_send(sender))
+		return;
 	call->sender = sender;
 	call->pending = NULL;
 	switch (bulk->state)

@@ -134,6 +134,22 @@ payload_to_merge(const JsonbValue *value, MergeValue *out)
 	return false;
 }
 
+/*
+ * Numbers are compared by their bytes, so 1.50 must look like 1.5: a copy
+ * without trailing zeros, for the caller to free.
+ */
+void
+payload_trim_number(MergeValue *value)
+{
+	Numeric		trimmed;
+
+	Assert(value->type == MERGE_NUMBER);
+	trimmed = DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale,
+												  PointerGetDatum(value->data)));
+	value->data = (char *) trimmed;
+	value->len = VARSIZE_ANY(trimmed);
+}
+
 /* A numeric's bytes are copied if they do not lie as numerics must */
 void
 payload_from_merge(const MergeValue *value, JsonbValue *out)

@@ -43,6 +43,7 @@ extern int	payload_utf8_len(char *text, int len);
 
 /* JSON scalars and merge's: points into the JsonbValue's memory */
 extern bool payload_to_merge(const JsonbValue *value, MergeValue *out);
+extern void payload_trim_number(MergeValue *value);
 extern void payload_from_merge(const MergeValue *value, JsonbValue *out);
 
 #endif

@@ -288,11 +288,17 @@ queue_fold(MergeEntity *entity, const MergeBatches *batches, const QueueRow *row
 		props[n].name = v.val.string.val;
 		props[n].namelen = v.val.string.len;
 		(void) JsonbIteratorNext(&it, &v, true);
-		if (payload_to_merge(&v, &props[n].value))
-			n++;
+		if (!payload_to_merge(&v, &props[n].value))
+			continue;
+		if (props[n].value.type == MERGE_NUMBER)
+			payload_trim_number(&props[n].value);
+		n++;
 	}
 	merge_change(entity, row->lsn, row->xid,
 				 row->batch ? merge_batches_find(batches, row->batch) : NULL, props, n);
+	for (int i = 0; i < n; i++)
+		if (props[i].value.type == MERGE_NUMBER)
+			pfree((char *) props[i].value.data);
 	if (metadata != row->metadata)
 		pfree(metadata);
 }

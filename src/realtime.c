@@ -338,10 +338,13 @@ realtime_wave(Sender *sender, int64 now)
 	Pending   **chosen = palloc(Max(room, 1) * sizeof(Pending *));
 	Pending   **nothing = palloc(Max(room, 1) * sizeof(Pending *));
 	Pending   **marked = palloc(Max(room, 1) * sizeof(Pending *));
-	int			n = choose(sender, chosen, room, now);
+	int			n;
 	int			nnothing = 0;
 	int			nmarked = 0;
 
+	if (!sender_still_enabled(sender))
+		return false;
+	n = choose(sender, chosen, room, now);
 	for (int kind = 0; kind < USERPILOT_KINDS; kind++)
 		merge_chosen(sender, chosen, n, kind);
 	for (int i = 0; i < n; i++)

@@ -85,6 +85,14 @@ sender_may_send(const Sender *sender)
 	return !sender->paused || clock_now() >= sender->paused_probe_at;
 }
 
+bool
+sender_still_enabled(Sender *sender)
+{
+	if (!list_member_oid(environment_enabled(), sender->serverid))
+		sender->stale = true;
+	return !sender->stale;
+}
+
 void
 sender_paused(Sender *sender, const char *reason)
 {

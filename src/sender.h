@@ -166,6 +166,10 @@ extern void sender_destroy(Sender *sender);
 /* Reads options and key again; false if the server is gone */
 extern bool sender_reload(Sender *sender);
 extern bool sender_may_send(const Sender *sender);
+
+/* Asked in the transaction that is about to take something along: what was
+ * committed after userpilot_disable() must not leave */
+extern bool sender_still_enabled(Sender *sender);
 extern void sender_paused(Sender *sender, const char *reason);
 extern void sender_error(Sender *sender, const char *error);
 extern void sender_delivered(Sender *sender, int64 records);

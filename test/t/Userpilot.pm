@@ -63,8 +63,8 @@ sub false { return JSON::PP::false; }
 
 =item new_node($name, scale => N, conf => '...', start => 0, init => [...])
 
-A started cluster with the extension preloaded.  init is passed to the
-cluster's init().
+A cluster with the extension preloaded, started unless told otherwise.  init
+is passed to its init().
 
 =cut
 
@@ -205,8 +205,8 @@ sub status
 
 =item outcomes($node, $db, $path)
 
-The different outcomes of the calls logged under paths that match, with "ok"
-for those acknowledged, sorted and joined by spaces.
+The different outcomes of the calls logged under paths that match, sorted and
+joined by commas.
 
 =cut
 
@@ -238,7 +238,7 @@ sub dead_letters
 
 =item sent_since($api, $before)
 
-How many identify calls the stand-in has met; less those counted before.
+How many identify calls the stand-in has met, less those counted before.
 
 =cut
 
