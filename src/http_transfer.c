@@ -3,8 +3,7 @@
  *	  One HTTP call: its options, its body, its answer, its outcome.
  *
  * What libcurl calls back here allocates with malloc and raises nothing; a
- * callback that cannot go on says why in "refusal" and returns failure, and
- * libcurl ends the call.
+ * callback that cannot go on says why in "refusal" and returns failure.
  *
  * The peer is not trusted: answers are bounded in size, headers and speed,
  * redirects are not followed, nothing is decompressed, and the key is masked
@@ -50,9 +49,9 @@ note_begun(void *arg, char *primary_ip, char *local_ip, int primary_port,
 	HttpTransfer   *transfer = (HttpTransfer *) arg;
 
 	if (transfer->begun)
-		return CURL_PREREQFUNC_ABORT;
+		transfer->refusal = "the kept connection was closed without an answer";
 	transfer->begun = true;
-	return CURL_PREREQFUNC_OK;
+	return transfer->refusal ? CURL_PREREQFUNC_ABORT : CURL_PREREQFUNC_OK;
 }
 
 static size_t

@@ -6,7 +6,6 @@
 #include "postgres.h"
 
 #include "access/xact.h"
-#include "executor/spi.h"
 #include "fmgr.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
@@ -114,7 +113,7 @@ userpilot_wait(PG_FUNCTION_ARGS)
 	refuse_hopeless_wait();
 	end = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), milliseconds_of(PG_GETARG_INTERVAL_P(0)));
 
-	SPI_connect_ext(atomic ? 0 : SPI_OPT_NONATOMIC);
+	sql_begin_call(atomic);
 	snapshot = OidFunctionCall0(F_PG_CURRENT_SNAPSHOT);
 	while (still_pending(snapshot))
 	{
@@ -126,13 +125,13 @@ userpilot_wait(PG_FUNCTION_ARGS)
 
 		/* hold no snapshot while waiting, where that is ours to decide */
 		if (!atomic)
-			SPI_commit();
+			sql_commit();
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, nap, wait_event());
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
 		nap = Min(nap * 2, WAIT_MAX_MS);
 	}
-	SPI_finish();
+	sql_end_call();
 	PG_RETURN_VOID();
 }
 
@@ -283,10 +282,10 @@ userpilot_check(PG_FUNCTION_ARGS)
 		say(false, env->problem, env->problem_hint);
 	else
 	{
-		SPI_connect_ext(SPI_OPT_NONATOMIC);
-		SPI_commit();
+		sql_begin_call(false);
+		sql_commit();
 		check_api(env);
-		SPI_finish();
+		sql_end_call();
 	}
 	PG_RETURN_VOID();
 }

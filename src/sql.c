@@ -107,3 +107,23 @@ sql_become_caller(const SqlCaller *caller)
 		elog(ERROR, "SPI_finish failed");
 	SetUserIdAndSecContext(caller->role, caller->sec_context);
 }
+
+void
+sql_begin_call(bool atomic)
+{
+	if (SPI_connect_ext(atomic ? 0 : SPI_OPT_NONATOMIC) != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect_ext failed");
+}
+
+void
+sql_commit(void)
+{
+	SPI_commit();
+}
+
+void
+sql_end_call(void)
+{
+	if (SPI_finish() != SPI_OK_FINISH)
+		elog(ERROR, "SPI_finish failed");
+}

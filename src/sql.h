@@ -26,6 +26,14 @@ typedef struct SqlStatement
 extern void sql_connect(void);
 
 /*
+ * A procedure's frame: between them sql_commit ends the transaction, and with
+ * it snapshot and locks, unless the CALL is part of a larger one (atomic).
+ */
+extern void sql_begin_call(bool atomic);
+extern void sql_commit(void);
+extern void sql_end_call(void);
+
+/*
  * Runs it with the active snapshot if read_only, else with a fresh one.
  * nulls may be NULL.  Returns the number of rows processed; rows are in
  * SPI_tuptable.  SPI must be connected.
