@@ -624,6 +624,14 @@ COMMENT ON FUNCTION userpilot_retry(bigint, text, text, text) IS
 'Moves dead letters back into the queue, as they were, and returns how many: one by its id, those of a server, of a kind, of an entity, or all. An older value still does not overwrite a newer one. For whoever may write the tables.';
 REVOKE ALL ON FUNCTION userpilot_retry(bigint, text, text, text) FROM PUBLIC;
 
+CREATE FUNCTION userpilot_invalidate(server text, kind text DEFAULT NULL,
+									 id text DEFAULT NULL, since timestamptz DEFAULT NULL)
+RETURNS bigint
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_invalidate(text, text, text, timestamptz) IS
+'Stops believing what Userpilot is known to have, and returns for how many companies and users: all of a server, of a kind, one entity, or those acknowledged since a time. Sends nothing by itself: what is queued next goes whole, even if it was sent before. For the server''s owner; after a failover that lost changes, a restore, or changes made at Userpilot by others.';
+
 CREATE FUNCTION userpilot_trace(kind text, id text)
 RETURNS TABLE (at timestamptz, what text, server text, detail jsonb)
 LANGUAGE sql STABLE PARALLEL SAFE

@@ -46,6 +46,9 @@ typedef struct EnvironmentRef
  */
 extern const EnvironmentRef *environment_current(void);
 
+/* A server of ours by name that the current user owns; raises otherwise */
+extern Oid	environment_owned(const char *server);
+
 /* A server of ours by name: raises if it does not exist or is not of this
  * wrapper; checks USAGE for the current user if asked. */
 extern Oid	environment_lookup(const char *server, bool check_usage);

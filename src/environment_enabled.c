@@ -145,6 +145,19 @@ environment_disabled_reason(Oid serverid)
 	return NULL;
 }
 
+Oid
+environment_owned(const char *server)
+{
+	Oid			serverid = environment_lookup(server, false);
+
+	if (!compat_server_ownercheck(serverid, GetUserId()))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be owner of foreign server \"%s\"", server),
+				 errhint("That is for its owner or a superuser.")));
+	return serverid;
+}
+
 /* The server that a function's first argument names, if the current user may
  * manage it; raises otherwise */
 static char *
@@ -158,12 +171,7 @@ managed_server(FunctionCallInfo fcinfo, Oid *serverid)
 				 errmsg("server must not be null"),
 				 errhint("Name it, as in userpilot_enable('userpilot').")));
 	server = NameStr(*PG_GETARG_NAME(0));
-	*serverid = environment_lookup(server, false);
-	if (!compat_server_ownercheck(*serverid, GetUserId()))
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("must be owner of foreign server \"%s\"", server),
-				 errhint("Its owner or a superuser decides which database sends.")));
+	*serverid = environment_owned(server);
 	return server;
 }
 

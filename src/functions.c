@@ -9,15 +9,18 @@
 #include "fmgr.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
-#include "utils/datum.h"
+#include "utils/timestamp.h"
 
 #include "change.h"
 #include "environment.h"
+#include "profiles.h"
 #include "queue.h"
+#include "sql.h"
 #include "state.h"
 
 PG_FUNCTION_INFO_V1(userpilot_identify_company);
 PG_FUNCTION_INFO_V1(userpilot_identify_user);
+PG_FUNCTION_INFO_V1(userpilot_invalidate);
 PG_FUNCTION_INFO_V1(userpilot_wake);
 
 /* An id argument, whatever its declared type */
@@ -71,6 +74,33 @@ userpilot_identify_user(PG_FUNCTION_ARGS)
 		change.company_id = id_argument(fcinfo, 2, "company_id");
 	queue_enqueue(&change, "userpilot_identify_user()");
 	PG_RETURN_VOID();
+}
+
+/*
+ * userpilot_invalidate(server, kind, id, since) returns bigint: profiles that
+ * are no longer believed.
+ */
+Datum
+userpilot_invalidate(PG_FUNCTION_ARGS)
+{
+	SqlCaller	caller;
+	char	   *server;
+	uint64		n;
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("server must not be null")));
+	server = text_to_cstring(PG_GETARG_TEXT_PP(0));
+	(void) environment_owned(server);
+	sql_become_owner(&caller);
+	n = profiles_invalidate(server,
+							PG_ARGISNULL(1) ? NULL : PG_GETARG_TEXT_PP(1),
+							PG_ARGISNULL(2) ? NULL : PG_GETARG_TEXT_PP(2),
+							PG_ARGISNULL(3) ? NULL : &(TimestampTz) {PG_GETARG_TIMESTAMPTZ(3)});
+	sql_become_caller(&caller);
+	state_note_read_all();
+	PG_RETURN_INT64(n);
 }
 
 /*

@@ -10,14 +10,17 @@
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
+#include "storage/lmgr.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
 #include "utils/numeric.h"
+#include "utils/timestamp.h"
 
 #include "compat.h"
 #include "payload.h"
 #include "profiles.h"
+#include "queue_table.h"
 #include "sql.h"
 
 /* ------------------------------------------------------------- versions */
@@ -136,9 +139,10 @@ versions_build(const MergeEntity *entity)
 	return JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_ARRAY, NULL));
 }
 
-/* Known properties as jsonb; the company is a column */
+/* Known properties as jsonb, or those of them just sent; the company is a
+ * column */
 static Jsonb *
-metadata_build(const MergeEntity *entity)
+metadata_build(const MergeEntity *entity, bool sent_only)
 {
 	JsonbParseState *state = NULL;
 
@@ -149,7 +153,7 @@ metadata_build(const MergeEntity *entity)
 		JsonbValue	name;
 		JsonbValue	value;
 
-		if (!key->known || key->namelen == 0)
+		if (!key->known || key->namelen == 0 || (sent_only && !key->send))
 			continue;
 		name.type = jbvString;
 		name.val.string.val = key->name;
@@ -351,8 +355,12 @@ write_group(const char *server, Profile **profiles, int n, ProfileStep step)
 		" FROM unnest($3, $4, $5, $6, $7, $8)"
 		"  AS u(id, company, metadata, versions, attempts, job)"
 		" ON CONFLICT (server, kind, entity_id) DO UPDATE SET"
-		"  company_id = excluded.company_id, metadata = excluded.metadata,"
-		"  versions = excluded.versions, attempts = excluded.attempts,"
+		/* learning adds what was sent: the rest may have been made unknown */
+		"  company_id = CASE WHEN $9 THEN coalesce(excluded.company_id, p.company_id)"
+		"   ELSE excluded.company_id END,"
+		"  metadata = CASE WHEN $9 THEN p.metadata || excluded.metadata ELSE excluded.metadata END,"
+		"  versions = CASE WHEN $9 THEN p.versions ELSE excluded.versions END,"
+		"  attempts = excluded.attempts,"
 		"  synced_at = coalesce(excluded.synced_at, p.synced_at), job = excluded.job",
 		9, {TEXTOID, TEXTOID, TEXTARRAYOID, TEXTARRAYOID, JSONBARRAYOID, JSONBARRAYOID,
 			INT4ARRAYOID, INT8ARRAYOID, BOOLOID});
@@ -370,7 +378,7 @@ write_group(const char *server, Profile **profiles, int n, ProfileStep step)
 		column[0][i] = text_datum(p->key.id, p->key.len);
 		no_company[i] = company == NULL;
 		column[1][i] = PointerGetDatum(company);
-		column[2][i] = JsonbPGetDatum(metadata_build(p->merge));
+		column[2][i] = JsonbPGetDatum(metadata_build(p->merge, step == PROFILE_LEARNED));
 		column[3][i] = JsonbPGetDatum(versions_build(p->merge));
 		column[4][i] = Int32GetDatum(p->attempts);
 		column[5][i] = Int64GetDatum(p->job);
@@ -421,6 +429,50 @@ profiles_set_attempts(const char *server, Profile **profiles, int n)
 		args[3] = Int32GetDatum(profiles[i]->attempts);
 		(void) sql_execute(&statement, args, NULL, false);
 	}
+}
+
+/* ----------------------------------------------------------- invalidate */
+
+void
+profiles_lock(void)
+{
+	LockRelationOid(queue_relid("userpilot_profiles"), RowExclusiveLock);
+}
+
+/*
+ * A key that becomes unknown keeps its version, so the entry without keys,
+ * which is for known ones, gets their names.
+ */
+uint64
+profiles_invalidate(const char *server, text *kind, text *entity_id,
+					const TimestampTz *since)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"UPDATE @.userpilot_profiles p SET metadata = '{}', company_id = NULL, versions = coalesce(("
+		"  SELECT pg_catalog.jsonb_agg(CASE WHEN pg_catalog.jsonb_array_length(e) OPERATOR(pg_catalog.>) 3 THEN e"
+		"   ELSE e OPERATOR(pg_catalog.||) coalesce((SELECT pg_catalog.jsonb_agg(k)"
+		"     FROM pg_catalog.jsonb_object_keys(p.metadata) k WHERE NOT EXISTS ("
+		"      SELECT FROM pg_catalog.jsonb_array_elements(p.versions) v,"
+		"       pg_catalog.jsonb_array_elements(v) WITH ORDINALITY AS n(name, i)"
+		"       WHERE n.i OPERATOR(pg_catalog.>) 3 AND n.name OPERATOR(pg_catalog.=) pg_catalog.to_jsonb(k))), '[]') END)"
+		"  FROM pg_catalog.jsonb_array_elements(p.versions) e), '[]')"
+		" WHERE server OPERATOR(pg_catalog.=) $1"
+		" AND ($2 IS NULL OR kind OPERATOR(pg_catalog.=) $2)"
+		" AND ($3 IS NULL OR entity_id OPERATOR(pg_catalog.=) $3)"
+		" AND ($4 IS NULL OR synced_at OPERATOR(pg_catalog.>=) $4)",
+		4, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID});
+	char		nulls[5] = "    ";
+	Datum		args[4];
+
+	LockRelationOid(queue_relid("userpilot_profiles"), ShareRowExclusiveLock);
+	args[0] = CStringGetTextDatum(server);
+	args[1] = PointerGetDatum(kind);
+	nulls[1] = kind ? ' ' : 'n';
+	args[2] = PointerGetDatum(entity_id);
+	nulls[2] = entity_id ? ' ' : 'n';
+	args[3] = since ? TimestampTzGetDatum(*since) : (Datum) 0;
+	nulls[3] = since ? ' ' : 'n';
+	return sql_execute(&statement, args, nulls, false);
 }
 
 /* ----------------------------------------------------------------- jobs */

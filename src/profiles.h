@@ -5,6 +5,8 @@
 #ifndef USERPILOT_PROFILES_H
 #define USERPILOT_PROFILES_H
 
+#include "datatype/timestamp.h"
+
 #include "entities.h"
 #include "merge.h"
 
@@ -36,6 +38,18 @@ extern void profiles_write(const char *server, Profile **profiles, int n,
 
 /* Sets attempts of one entity: given back, or counted anew */
 extern void profiles_set_attempts(const char *server, Profile **profiles, int n);
+
+/*
+ * Makes everything Userpilot is known to have unknown: of a server, of a kind,
+ * of an entity (NULL: all), acknowledged since then (NULL: ever).  Returns how
+ * many profiles.  Waits for the worker's step to end, and it for us.
+ */
+extern uint64 profiles_invalidate(const char *server, text *kind, text *entity_id,
+								  const TimestampTz *since);
+
+/* Before a step's snapshot: what it reads here no one makes unknown until it
+ * has written it back */
+extern void profiles_lock(void);
 
 /* A bulk job was acknowledged in full: learn what its records say.  Both need
  * the job's records still to be there. */

@@ -79,6 +79,7 @@ begin_step(void)
 	StartTransactionCommand();
 	GetUserIdAndSecContext(&step_user, &step_sec_context);
 	SetUserIdAndSecContext(extension_owner, step_sec_context | SECURITY_RESTRICTED_OPERATION);
+	profiles_lock();
 	sql_connect();
 	PushActiveSnapshot(GetTransactionSnapshot());
 }

@@ -1,0 +1,80 @@
+# What Userpilot is known to have can be made unknown: then it is sent again,
+# but still never an older value over a newer one.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib $FindBin::RealBin;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Userpilot;
+
+my $api  = Userpilot::StandIn->new;
+my $node = new_node('invalidate');
+
+sub calls { return $api->counters->{calls}{identify}; }
+
+sub send_company
+{
+	my ($id, $metadata) = @_;
+
+	$node->safe_psql('postgres', "SELECT userpilot_identify_company('$id', '$metadata')");
+	$node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
+	return;
+}
+
+$node->safe_psql('postgres', 'CREATE EXTENSION userpilot');
+create_environment($node, 'postgres', $api);
+
+send_company('a', '{"name":"Acme","plan":"free"}');
+send_company('b', '{"name":"Best"}');
+$node->safe_psql('postgres', q{SELECT userpilot_identify_user('u', '{"role":"admin"}', 'a')});
+$node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
+is(calls(), 3, 'three calls to begin with');
+
+send_company('a', '{"name":"Acme","plan":"free"}');
+is(calls(), 3, 'what is known is not sent again');
+
+is($node->safe_psql('postgres', "SELECT userpilot_invalidate('userpilot', 'company', 'a')"),
+	'1', 'one profile made unknown');
+is( $node->safe_psql('postgres',
+		q{SELECT metadata, versions -> 0 -> 3, versions -> 0 -> 4 FROM userpilot_profiles WHERE entity_id = 'a'}),
+	'{}|"name"|"plan"', 'its keys keep their versions');
+send_company('a', '{"name":"Acme","plan":"free"}');
+is(calls(), 4, 'it is sent again');
+send_company('a', '{"name":"Acme","plan":"free"}');
+is(calls(), 4, 'and is known then');
+
+is( $node->safe_psql('postgres',
+		"SELECT userpilot_invalidate('userpilot', since => now() + interval '1 hour')"),
+	'0', 'none was acknowledged since');
+is($node->safe_psql('postgres', "SELECT userpilot_invalidate('userpilot')"),
+	'3', 'all of them');
+$node->safe_psql('postgres', q{SELECT userpilot_identify_user('u', '{}', 'a')});
+$node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
+is(calls(), 5, "a user's company is unknown, too");
+
+# An older change that comes back finds its key unknown, but written since
+$api->fault({ status => 422 }, match => { path => 'identify$', body => 'old' }, times => 1);
+$node->safe_psql('postgres', q{SELECT userpilot_identify_company('b', '{"name":"old"}')});
+$node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
+is($node->safe_psql('postgres', 'SELECT count(*) FROM userpilot_dead_letters'), '1', 'a dead letter');
+send_company('b', '{"name":"new"}');
+$node->safe_psql('postgres', "SELECT userpilot_invalidate('userpilot')");
+is($node->safe_psql('postgres', 'SELECT userpilot_retry()'), '1', 'retried');
+$node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
+is($api->entity('companies', 'b')->{metadata}{name}, 'new', 'the older value stays away');
+
+my ($rc, undef, $err) = $node->psql('postgres', "SELECT userpilot_invalidate('nosuch')");
+like($err, qr/server "nosuch" does not exist/, 'no such server');
+$node->safe_psql('postgres', 'CREATE ROLE stranger');
+($rc, undef, $err) = $node->psql('postgres',
+	"SET ROLE stranger; SELECT userpilot_invalidate('userpilot')");
+like($err, qr/must be owner of foreign server "userpilot"/, 'for its owner only');
+
+no_violations($api);
+$node->stop;
+done_testing();
