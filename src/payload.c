@@ -57,10 +57,11 @@ append_string(StringInfo out, const char *str, int len)
 	appendStringInfoCharMacro(out, '"');
 }
 
+/* Without trailing zeros: what is compared without them is sent without */
 static void
-append_numeric(StringInfo out, Datum num)
+append_numeric(StringInfo out, Numeric num)
 {
-	char	   *str = DatumGetCString(DirectFunctionCall1(numeric_out, num));
+	char	   *str = numeric_normalize(num);
 
 	appendStringInfoString(out, str);
 	pfree(str);
@@ -78,7 +79,7 @@ append_jsonb_scalar(StringInfo out, const JsonbValue *value)
 			appendStringInfoString(out, value->val.boolean ? "true" : "false");
 			break;
 		case jbvNumeric:
-			append_numeric(out, NumericGetDatum(value->val.numeric));
+			append_numeric(out, value->val.numeric);
 			break;
 		case jbvString:
 			append_string(out, value->val.string.val, value->val.string.len);
