@@ -20,7 +20,6 @@
 #include "compat.h"
 #include "payload.h"
 #include "profiles.h"
-#include "queue_table.h"
 #include "sql.h"
 
 /* ------------------------------------------------------------- versions */
@@ -436,7 +435,7 @@ profiles_set_attempts(const char *server, Profile **profiles, int n)
 void
 profiles_lock(void)
 {
-	LockRelationOid(queue_relid("userpilot_profiles"), RowExclusiveLock);
+	LockRelationOid(sql_relid("userpilot_profiles"), RowExclusiveLock);
 }
 
 /*
@@ -464,7 +463,7 @@ profiles_invalidate(const char *server, text *kind, text *entity_id,
 	char		nulls[5] = "    ";
 	Datum		args[4];
 
-	LockRelationOid(queue_relid("userpilot_profiles"), ShareRowExclusiveLock);
+	LockRelationOid(sql_relid("userpilot_profiles"), ShareRowExclusiveLock);
 	args[0] = CStringGetTextDatum(server);
 	args[1] = PointerGetDatum(kind);
 	nulls[1] = kind ? ' ' : 'n';

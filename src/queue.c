@@ -35,6 +35,7 @@
 #include "environment.h"
 #include "queue.h"
 #include "queue_table.h"
+#include "sql.h"
 #include "state.h"
 
 /* A transaction's first rows are real time, what follows is bulk */
@@ -86,19 +87,6 @@ queue_check_shape(Relation rel)
 				 errhint("Update the extension with ALTER EXTENSION userpilot UPDATE, or reconnect if the library is older.")));
 }
 
-Oid
-queue_relid(const char *name)
-{
-	Oid			relid = get_relname_relid(name, environment_schema());
-
-	if (!OidIsValid(relid))
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_TABLE),
-				 errmsg("table %s of extension userpilot is missing", name),
-				 errhint("DROP EXTENSION userpilot; CREATE EXTENSION userpilot;")));
-	return relid;
-}
-
 static void
 close_queue(void)
 {
@@ -128,13 +116,13 @@ open_for_insert(void)
 		return &open_queue;
 
 	/* what may raise comes first: nobody would close the other */
-	opening.rel = table_open(queue_relid("userpilot_queue"), RowExclusiveLock);
+	opening.rel = table_open(sql_relid("userpilot_queue"), RowExclusiveLock);
 	queue_check_shape(opening.rel);
 	table_close(opening.rel, NoLock);
 
 	CurrentResourceOwner = TopTransactionResourceOwner;
 	old = MemoryContextSwitchTo(TopTransactionContext);
-	opening.rel = table_open(queue_relid("userpilot_queue"), RowExclusiveLock);
+	opening.rel = table_open(sql_relid("userpilot_queue"), RowExclusiveLock);
 	opening.estate = CreateExecutorState();
 	opening.rri = makeNode(ResultRelInfo);
 	InitResultRelInfo(opening.rri, opening.rel, 1, NULL, 0);

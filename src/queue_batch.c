@@ -32,6 +32,7 @@
 #include "environment.h"
 #include "queue.h"
 #include "queue_table.h"
+#include "sql.h"
 #include "state.h"
 
 /* Rows and bytes that are written at once */
@@ -226,7 +227,7 @@ queue_batches_record(void)
 		return;
 	/* at this point of a commit there is no snapshot any more */
 	PushActiveSnapshot(GetTransactionSnapshot());
-	rel = table_open(queue_relid("userpilot_batches"), RowExclusiveLock);
+	rel = table_open(sql_relid("userpilot_batches"), RowExclusiveLock);
 	estate = CreateExecutorState();
 	rri = makeNode(ResultRelInfo);
 	InitResultRelInfo(rri, rel, 1, NULL, 0);

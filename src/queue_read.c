@@ -188,7 +188,7 @@ sweep_range(Relation rel, BlockNumber from, BlockNumber to, const char *server,
 void
 queue_sweep(const char *server, BlockNumber start, QueueRowHandler handler, void *arg)
 {
-	Relation	rel = table_open(queue_relid("userpilot_queue"), AccessShareLock);
+	Relation	rel = table_open(sql_relid("userpilot_queue"), AccessShareLock);
 	BlockNumber nblocks = RelationGetNumberOfBlocks(rel);
 
 	queue_check_shape(rel);
@@ -334,7 +334,7 @@ queue_delete(const QueueRow *rows, int n)
 
 	if (n == 0)
 		return 0;
-	rel = table_open(queue_relid("userpilot_queue"), RowExclusiveLock);
+	rel = table_open(sql_relid("userpilot_queue"), RowExclusiveLock);
 	queue_check_shape(rel);
 	slot = table_slot_create(rel, NULL);
 	for (int i = 0; i < n; i++)
@@ -360,7 +360,7 @@ queue_delete(const QueueRow *rows, int n)
 static Datum
 positions(const QueueRow *rows, int n)
 {
-	Relation	rel = table_open(queue_relid("userpilot_queue"), RowExclusiveLock);
+	Relation	rel = table_open(sql_relid("userpilot_queue"), RowExclusiveLock);
 	TupleTableSlot *slot = table_slot_create(rel, NULL);
 	Datum	   *tids = palloc(Max(n, 1) * sizeof(Datum));
 	int			found = 0;
@@ -422,7 +422,7 @@ queue_prepared_pending(void)
 		" AND relation = $1 AND mode = 'RowExclusiveLock' AND granted"
 		" AND database = (SELECT oid FROM pg_catalog.pg_database"
 		"  WHERE datname = pg_catalog.current_database()) LIMIT 1", 1, {OIDOID});
-	Datum		args[1] = {ObjectIdGetDatum(queue_relid("userpilot_queue"))};
+	Datum		args[1] = {ObjectIdGetDatum(sql_relid("userpilot_queue"))};
 
 	return sql_execute(&statement, args, NULL, true) > 0;
 }

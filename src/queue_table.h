@@ -28,9 +28,6 @@ enum
 	QUEUE_NCOLUMNS
 };
 
-/* An extension table's Oid by name; raises if it is missing */
-extern Oid	queue_relid(const char *name);
-
 /* Raises unless the queue has exactly the columns this library knows */
 extern void queue_check_shape(Relation rel);
 

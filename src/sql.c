@@ -50,6 +50,19 @@ prepare(SqlStatement *statement)
 	strlcpy(statement->schema, name, sizeof(statement->schema));
 }
 
+Oid
+sql_relid(const char *name)
+{
+	Oid			relid = get_relname_relid(name, environment_schema());
+
+	if (!OidIsValid(relid))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("table %s of extension userpilot is missing", name),
+				 errhint("DROP EXTENSION userpilot; CREATE EXTENSION userpilot;")));
+	return relid;
+}
+
 int
 sql_execute(SqlStatement *statement, Datum *args, const char *nulls, bool read_only)
 {

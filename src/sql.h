@@ -21,6 +21,9 @@ typedef struct SqlStatement
 
 #define SQL_STATEMENT(text, nargs, ...) {(text), (nargs), __VA_ARGS__, NULL, ""}
 
+/* An extension table's Oid by name; raises if it is missing */
+extern Oid	sql_relid(const char *name);
+
 /* SPI_connect, but the caller's memory context stays: what is read may live
  * longer than SPI does */
 extern void sql_connect(void);
