@@ -51,6 +51,7 @@ adopt(Sender *sender, const ApiJob *job, int64 now)
 	news.status = api_job_is_final(job->status) ? "processing" : job->status;
 	news.submitted = true;
 	jobs_update(bulk->job.id, &news);
+	bulk->lost = bulk->conflicts = 0;
 	bulk_enter(bulk, BULK_RUNNING, now);
 }
 
