@@ -672,24 +672,32 @@ WITH counted AS MATERIALIZED (
 	GROUP BY q.server, q.kind, q.bulk
 ), total AS (
 	SELECT coalesce(sum(rows), 0) < 20000 AS exact FROM counted
+), servers AS (
+	SELECT s.oid AS serverid, s.srvname::text AS server
+	FROM pg_catalog.pg_foreign_server s
+	JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'userpilot'
+	UNION ALL
+	-- dropped or renamed, with changes still queued
+	SELECT DISTINCT NULL::oid, c.server
+	FROM counted c
+	WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_foreign_server s WHERE s.srvname = c.server)
 ), backlog AS (
-	SELECT s.oid AS serverid, s.srvname::text AS server, t.exact,
+	SELECT s.serverid, s.server, t.exact,
 		CASE WHEN t.exact THEN coalesce(c.companies_realtime, 0) ELSE greatest(p.companies_realtime, c.companies_realtime, 0) END AS companies_realtime,
 		CASE WHEN t.exact THEN coalesce(c.companies_bulk, 0) ELSE greatest(p.companies_bulk, c.companies_bulk, 0) END AS companies_bulk,
 		CASE WHEN t.exact THEN coalesce(c.users_realtime, 0) ELSE greatest(p.users_realtime, c.users_realtime, 0) END AS users_realtime,
 		CASE WHEN t.exact THEN coalesce(c.users_bulk, 0) ELSE greatest(p.users_bulk, c.users_bulk, 0) END AS users_bulk,
 		CASE WHEN t.exact THEN c.oldest ELSE least(p.oldest_pending, c.oldest) END AS oldest
-	FROM pg_catalog.pg_foreign_server s
-	JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'userpilot'
+	FROM servers s
 	CROSS JOIN total t
-	LEFT JOIN userpilot_progress p ON p.server = s.srvname
+	LEFT JOIN userpilot_progress p ON p.server = s.server
 	LEFT JOIN LATERAL (
 		SELECT sum(c.rows) FILTER (WHERE c.kind = 'company' AND NOT c.bulk) AS companies_realtime,
 			sum(c.rows) FILTER (WHERE c.kind = 'company' AND c.bulk) AS companies_bulk,
 			sum(c.rows) FILTER (WHERE c.kind = 'user' AND NOT c.bulk) AS users_realtime,
 			sum(c.rows) FILTER (WHERE c.kind = 'user' AND c.bulk) AS users_bulk,
 			min(c.oldest) AS oldest
-		FROM counted c WHERE c.server = s.srvname
+		FROM counted c WHERE c.server = s.server
 	) c ON true
 ), whole AS (
 	SELECT b.*, b.companies_realtime + b.companies_bulk + b.users_realtime + b.users_bulk AS pending,
@@ -725,7 +733,11 @@ SELECT w.server,
 	w.last_error, w.last_error_at,
 	userpilot_worker_pid() AS worker
 FROM whole w
-CROSS JOIN LATERAL (SELECT userpilot_disabled_reason(w.serverid) AS reason) d;
+CROSS JOIN LATERAL (
+	SELECT CASE WHEN w.serverid IS NULL
+		THEN format('disabled: there is no server %I (any more); create it, or delete its rows from userpilot_queue', w.server)
+		ELSE userpilot_disabled_reason(w.serverid) END AS reason
+) d;
 
 REVOKE ALL ON TABLE userpilot_status FROM PUBLIC;
 GRANT SELECT ON TABLE userpilot_status, userpilot_jobs TO pg_monitor;

@@ -267,10 +267,15 @@ write_marked(Sweep *sweep)
 	sweep->nmarked = 0;
 }
 
-/* A record that fits into no body can never be sent */
+/*
+ * A record that fits into no body can never be sent.  Marked all the same: a
+ * dead letter that is retried must not pass for newer than what came since.
+ */
 static void
 bury_oversized(Sweep *sweep, Swept *swept, int bytes)
 {
+	Profile    *profile = &swept->profile;
+
 	QueueFailure why = {
 		.http_status = 0,
 		.error = psprintf("the record has %d bytes; Userpilot takes 50 MB in one request", bytes),
@@ -278,6 +283,8 @@ bury_oversized(Sweep *sweep, Swept *swept, int bytes)
 		.attempts = swept->profile.attempts
 	};
 
+	merge_mark(profile->merge);
+	profiles_write(sweep->sender->env->server, &profile, 1, PROFILE_MARKED);
 	(void) queue_bury(swept->rows, swept->nrows, &why);
 }
 
