@@ -220,6 +220,91 @@ refuse_foreign_rows(const char *server, Oid serverid)
 				 errhint("A superuser must enable it, or remove them from userpilot_queue.")));
 }
 
+/* What was queued and acknowledged elsewhere, against this cluster's WAL */
+#define POSITION "pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
+#define AHEAD "(lsn - '0/0'::pg_lsn > " POSITION " OR" \
+	" (xid >= pg_snapshot_xmax(pg_current_snapshot()) AND" \
+	"  xid IS DISTINCT FROM pg_current_xact_id_if_assigned()))"
+
+static bool
+positions_ahead(const char *server)
+{
+	static SqlStatement statement =
+	SQL_STATEMENT("SELECT WHERE EXISTS (SELECT FROM @.userpilot_queue WHERE server = $1 AND " AHEAD ")"
+				  " OR EXISTS (SELECT FROM @.userpilot_dead_letters WHERE server = $1 AND " AHEAD ")"
+				  " OR EXISTS (SELECT FROM @.userpilot_profiles p, jsonb_array_elements(versions) AS e"
+				  "  WHERE server = $1 AND ((e ->> 0)::numeric > " POSITION
+				  "   OR (e ->> 1)::numeric >= pg_snapshot_xmax(pg_current_snapshot())::text::numeric"
+				  "    AND (e ->> 1)::numeric IS DISTINCT FROM pg_current_xact_id_if_assigned()::text::numeric))",
+				  1, {TEXTOID});
+	Datum		args[1] = {CStringGetTextDatum(server)};
+
+	return sql_execute(&statement, args, NULL, false) > 0;
+}
+
+static void
+refuse_foreign_batches(const char *server)
+{
+	static SqlStatement statement =
+	SQL_STATEMENT("SELECT FROM @.userpilot_queue WHERE server = $1 AND batch IS NOT NULL LIMIT 1",
+				  1, {TEXTOID});
+	Datum		args[1] = {CStringGetTextDatum(server)};
+
+	if (sql_execute(&statement, args, NULL, false) > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("rows of bulk SELECTs from another cluster are still queued"),
+				 errdetail("Their snapshots mean nothing to this cluster, whose transactions are behind."),
+				 errhint("DELETE FROM userpilot_queue WHERE batch IS NOT NULL; enable the server; then run the bulk SELECTs again.")));
+}
+
+/*
+ * A dump restored into a younger cluster holds positions that this WAL has yet
+ * to reach, and every new change would pass for older than those.  So they are
+ * replaced by their rank, in order: smaller than any position from now on, as
+ * transaction 3 is older than any from now on.  Values stay known.
+ */
+static void
+restamp(const char *server)
+{
+	static SqlStatement statement =
+	SQL_STATEMENT("WITH rank AS MATERIALIZED ("
+				  " SELECT l, dense_rank() OVER (ORDER BY l) AS r FROM ("
+				  "  SELECT lsn - '0/0'::pg_lsn FROM @.userpilot_queue WHERE server = $1"
+				  "  UNION SELECT lsn - '0/0'::pg_lsn FROM @.userpilot_dead_letters WHERE server = $1"
+				  "  UNION SELECT (e ->> 0)::numeric FROM @.userpilot_profiles,"
+				  "   jsonb_array_elements(versions) AS e WHERE server = $1) AS u(l)),"
+				  " queued AS (UPDATE @.userpilot_queue q SET lsn = '0/0'::pg_lsn + rank.r, xid = '3'"
+				  "  FROM rank WHERE q.server = $1 AND q.lsn - '0/0'::pg_lsn = rank.l),"
+				  " dead AS (UPDATE @.userpilot_dead_letters d"
+				  "  SET lsn = '0/0'::pg_lsn + rank.r, xid = '3', batch = NULL"
+				  "  FROM rank WHERE d.server = $1 AND d.lsn - '0/0'::pg_lsn = rank.l),"
+				  " known AS (UPDATE @.userpilot_profiles p SET versions = v.versions FROM ("
+				  "   SELECT kind, entity_id, jsonb_agg(jsonb_build_array(rank.r, 3, 0) || (e - 2 - 1 - 0)) AS versions"
+				  "   FROM @.userpilot_profiles, jsonb_array_elements(versions) AS e, rank"
+				  "   WHERE server = $1 AND rank.l = (e ->> 0)::numeric GROUP BY kind, entity_id) v"
+				  "  WHERE p.server = $1 AND p.kind = v.kind AND p.entity_id = v.entity_id)"
+				  " DELETE FROM @.userpilot_batches WHERE server = $1",
+				  1, {TEXTOID});
+	Datum		args[1] = {CStringGetTextDatum(server)};
+	SqlCaller	saved;
+	int			nest;
+
+	sql_become_owner(&saved);
+	nest = NewGUCNestLevel();
+	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
+							 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	if (positions_ahead(server))
+	{
+		refuse_foreign_batches(server);
+		(void) sql_execute(&statement, args, NULL, false);
+		ereport(NOTICE,
+				(errmsg("what is queued and known came from a cluster that is ahead of this one: its order has been kept, its positions replaced")));
+	}
+	AtEOXact_GUC(true, nest);
+	sql_become_caller(&saved);
+}
+
 /*
  * userpilot_enable(server name)
  *		Makes this database the one that sends to the server.  A row that
@@ -243,6 +328,7 @@ userpilot_enable(PG_FUNCTION_ARGS)
 	char	   *server = managed_server(fcinfo, &serverid);
 
 	refuse_foreign_rows(server, serverid);
+	restamp(server);
 	args[0] = CStringGetTextDatum(server);
 	args[1] = Int64GetDatum((int64) GetSystemIdentifier());
 	args[2] = ObjectIdGetDatum(MyDatabaseId);
