@@ -2,6 +2,7 @@
 #
 #   make && make install        build and install (PG_CONFIG picks the server)
 #   make unit                   pure modules, without a server
+#   make reliability            long runs under kills, stops and faults
 #   make installcheck           SQL, concurrency and processes, with servers of
 #                               their own; PostgreSQL refuses to run as root,
 #                               so does this: test/run does it all
@@ -55,4 +56,8 @@ test/unit/delivery_cells: test/unit/delivery_cells.c src/delivery.c src/delivery
 unit: $(UNIT)
 	prove $(PROVE_FLAGS) $(addprefix ./,$(UNIT)) test/unit/guards.sh
 
-.PHONY: unit
+# Long runs under kills, stops and faults; ROUNDS makes them longer
+reliability:
+	$(MAKE) installcheck REGRESS= ISOLATION= PROVE_TESTS='test/reliability/*.pl'
+
+.PHONY: unit reliability

@@ -73,7 +73,6 @@ sender_reload(Sender *sender)
 	MemoryContextDelete(sender->env_context);
 	sender->env_context = context;
 	sender->env = env;
-	sender->env_loaded_at = clock_now();
 	return true;
 }
 

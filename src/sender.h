@@ -137,7 +137,6 @@ typedef struct Sender
 	Oid			serverid;
 	MemoryContext env_context;
 	Environment *env;
-	int64		env_loaded_at;
 	bool		stale;			/* no longer enabled: drop when idle */
 	Http	   *http;
 	bool		paused;			/* key refused */

@@ -64,7 +64,6 @@ static Http *http;
 static MemoryContext step_context;
 static Sender *senders[MAX_SERVERS];
 static int	nsenders = 0;
-static bool senders_loaded = false;
 static uint64 seen_changes = 0;
 static uint64 seen_bulk_changes = 0;
 static bool prepared_pending = false;
@@ -240,7 +239,6 @@ load_senders(void)
 		sender_destroy(senders[i]);
 		senders[i] = senders[--nsenders];
 	}
-	senders_loaded = true;
 }
 
 /* ----------------------------------------------------------------- steps */
