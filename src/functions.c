@@ -4,6 +4,7 @@
  */
 #include "postgres.h"
 
+#include "access/reloptions.h"
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
@@ -13,6 +14,7 @@
 
 #include "change.h"
 #include "environment.h"
+#include "options.h"
 #include "profiles.h"
 #include "queue.h"
 #include "sql.h"
@@ -20,6 +22,7 @@
 
 PG_FUNCTION_INFO_V1(userpilot_identify_company);
 PG_FUNCTION_INFO_V1(userpilot_identify_user);
+PG_FUNCTION_INFO_V1(userpilot_validator);
 PG_FUNCTION_INFO_V1(userpilot_invalidate);
 PG_FUNCTION_INFO_V1(userpilot_wake);
 
@@ -73,6 +76,19 @@ userpilot_identify_user(PG_FUNCTION_ARGS)
 	if (!PG_ARGISNULL(2))
 		change.company_id = id_argument(fcinfo, 2, "company_id");
 	queue_enqueue(&change, "userpilot_identify_user()");
+	PG_RETURN_VOID();
+}
+
+/*
+ * userpilot_validator(options text[], catalog oid): the foreign-data wrapper's
+ * validator.  Changed options may let waiting rows go.
+ */
+Datum
+userpilot_validator(PG_FUNCTION_ARGS)
+{
+	options_validate(untransformRelOptions(PG_GETARG_DATUM(0)), PG_GETARG_OID(1));
+	if (state_available())
+		state_note_commit_wake();
 	PG_RETURN_VOID();
 }
 

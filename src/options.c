@@ -10,11 +10,9 @@
  */
 #include "postgres.h"
 
-#include "access/reloptions.h"
 #include "catalog/pg_foreign_server.h"
 #include "catalog/pg_user_mapping.h"
 #include "commands/defrem.h"
-#include "fmgr.h"
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
@@ -118,8 +116,6 @@ static const OptionPair option_pairs[] = {
 	"One command can replace one by the other: ALTER USER MAPPING FOR PUBLIC "
 	"SERVER ... OPTIONS (DROP api_key, ADD api_key_file '...')."}
 };
-
-PG_FUNCTION_INFO_V1(userpilot_validator);
 
 /* The option of this name, or NULL */
 static const OptionDef *
@@ -509,18 +505,10 @@ check_option_name(const char *name, Oid catalog, bool secret)
 				 errhidecontext(secret)));
 }
 
-/*
- * userpilot_validator(options text[], catalog oid)
- *		The foreign-data wrapper's validator: raises unless the options, as
- *		they will be after the command, are right.
- *
- * When a statement that may hold a key fails here, the log leaves it out.
- */
-Datum
-userpilot_validator(PG_FUNCTION_ARGS)
+/* When a statement that may hold a key fails here, the log leaves it out */
+void
+options_validate(List *options, Oid catalog)
 {
-	List	   *options = untransformRelOptions(PG_GETARG_DATUM(0));
-	Oid			catalog = PG_GETARG_OID(1);
 	OptionValues values = {0};
 	bool		secret = catalog == UserMappingRelationId;
 	char	   *problem;
@@ -546,6 +534,4 @@ userpilot_validator(PG_FUNCTION_ARGS)
 				 hint != NULL ? errhint("%s", hint) : 0,
 				 errhidestmt(secret),
 				 errhidecontext(secret)));
-
-	PG_RETURN_VOID();
 }

@@ -46,6 +46,10 @@ extern void options_read(List *options, Oid catalog, OptionValues values);
 extern char *options_problem(OptionValues values, Oid catalog,
 							 const char **hint, int *sqlstate);
 
+/* Raises unless the options (of DefElem), as they will be after the command,
+ * are right */
+extern void options_validate(List *options, Oid catalog);
+
 /* The value of an integer option, or its default */
 extern int	options_integer(OptionValues values, OptionId id);
 

@@ -133,8 +133,7 @@ $node->safe_psql('postgres', q{ALTER SERVER userpilot OPTIONS (ADD only_on 'else
 $node->poll_query_until('postgres', 'SELECT userpilot_worker_pid() IS NULL');
 enqueue($node, 'postgres', 'bound elsewhere');
 silent($node, 'postgres', 'only_on', qr/disabled: only_on is "elsewhere" but cluster_name is "original"/);
-$node->safe_psql('postgres', q{ALTER SERVER userpilot OPTIONS (SET only_on 'original');
-	SELECT userpilot_identify_company('wakes', '{}')});
+$node->safe_psql('postgres', q{ALTER SERVER userpilot OPTIONS (SET only_on 'original')});
 delivered($node, 'postgres');
 ok($api->entity('companies', 'bound elsewhere bulk'), 'only_on of this cluster: sends');
 
@@ -179,8 +178,7 @@ $api->finish_jobs;
 enqueue($standby, 'postgres', 'bound to the lost');
 silent($standby, 'postgres', 'promoted',
 	qr/disabled: only_on is "original" but cluster_name is "standby"/);
-$standby->safe_psql('postgres', q{ALTER SERVER userpilot OPTIONS (DROP only_on);
-	SELECT userpilot_identify_company('wakes again', '{}')});
+$standby->safe_psql('postgres', q{ALTER SERVER userpilot OPTIONS (DROP only_on)});
 delivered($standby, 'postgres');
 ok($api->entity('companies', 'replicated bulk'), '... until it is bound no more');
 enqueue($standby, 'postgres', 'promoted');
