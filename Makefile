@@ -1,7 +1,7 @@
 # userpilot: keeps Userpilot in step with the companies and users of a database
 #
 #   make && make install        build and install (PG_CONFIG picks the server)
-#   make unit                   pure modules, without a server
+#   make unit                   pure modules, without a server; exported names
 #   make reliability            long runs under kills, stops and faults
 #   make installcheck           SQL, concurrency and processes, with servers of
 #                               their own; PostgreSQL refuses to run as root,
@@ -41,6 +41,11 @@ endif
 
 $(OBJS): $(wildcard src/*.h)
 
+ifeq ($(PORTNAME),linux)
+SHLIB_LINK += -Wl,--version-script=src/exports.map
+userpilot.so: src/exports.map
+endif
+
 # The pure modules, built as frontend code: no server, no SQL, no HTTP
 UNIT_CFLAGS = -O2 -Wall -Wextra -Wno-unused-parameter -DFRONTEND \
 	-I$(shell $(PG_CONFIG) --includedir-server) -Isrc
@@ -53,8 +58,8 @@ test/unit/delivery_cells: test/unit/delivery_cells.c src/delivery.c src/delivery
 	$(CC) $(UNIT_CFLAGS) -o $@ $(filter %.c,$^) $(UNIT_LIBS)
 
 # A guard taken away must show: a test that cannot fail proves nothing
-unit: $(UNIT)
-	prove $(PROVE_FLAGS) $(addprefix ./,$(UNIT)) test/unit/guards.sh
+unit: $(UNIT) $(shlib)
+	prove $(PROVE_FLAGS) $(addprefix ./,$(UNIT)) test/unit/guards.sh test/unit/symbols.sh
 
 # Long runs under kills, stops and faults; ROUNDS makes them longer
 reliability:
