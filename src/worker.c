@@ -53,7 +53,6 @@
 #define PRUNE_MS (10 * 60 * 1000)
 
 #define MAX_CONNECTIONS 100
-#define MAX_SERVERS 16
 #define MAX_RESULTS 256			/* dealt with in one transaction */
 
 static Oid	extension;
@@ -62,7 +61,7 @@ static Oid	step_user;
 static int	step_sec_context;
 static Http *http;
 static MemoryContext step_context;
-static Sender *senders[MAX_SERVERS];
+static Sender **senders = NULL;
 static int	nsenders = 0;
 static uint64 seen_changes = 0;
 static uint64 seen_bulk_changes = 0;
@@ -193,6 +192,25 @@ in_flight(const Sender *sender)
 	return sender->rt.ncalling > 0 || sender->bulk.calling;
 }
 
+static void
+add_sender(Oid serverid)
+{
+	Sender	   *sender = sender_create(TopMemoryContext, serverid, http);
+
+	if (!sender_reload(sender))
+	{
+		sender_destroy(sender);
+		return;
+	}
+	bulk_recover(sender);
+	quota_calls_seed(sender->env->fingerprint,
+					 ledger_recent_calls(sender->env->server), clock_now());
+	senders = senders ? repalloc(senders, (nsenders + 1) * sizeof(Sender *)) :
+		MemoryContextAlloc(TopMemoryContext, sizeof(Sender *));
+	senders[nsenders++] = sender;
+	look_at_all = true;
+}
+
 /* Which servers are enabled, and with what options and key */
 static void
 load_senders(void)
@@ -206,21 +224,9 @@ load_senders(void)
 	{
 		Sender	   *sender = find_sender(lfirst_oid(lc));
 
-		if (sender == NULL && nsenders < MAX_SERVERS)
-		{
-			sender = sender_create(TopMemoryContext, lfirst_oid(lc), http);
-			if (!sender_reload(sender))
-			{
-				sender_destroy(sender);
-				continue;
-			}
-			bulk_recover(sender);
-			quota_calls_seed(sender->env->fingerprint,
-							 ledger_recent_calls(sender->env->server), clock_now());
-			senders[nsenders++] = sender;
-			look_at_all = true;
-		}
-		else if (sender != NULL)
+		if (sender == NULL)
+			add_sender(lfirst_oid(lc));
+		else
 			sender->stale = !sender_reload(sender);
 	}
 	for (int i = 0; i < nsenders; i++)
