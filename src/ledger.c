@@ -28,27 +28,34 @@ ledger_calls(const char *server, int n)
 	(void) sql_execute(&statement, args, NULL, false);
 }
 
+/* A minute, and how long a mark can have waited, in real seconds */
+static double
+window(int64 delay_ms)
+{
+	return (60 + delay_ms / 1000.0) / userpilot_time_scale;
+}
+
 int
-ledger_recent_calls(const char *server)
+ledger_recent_calls(const char *server, int64 delay_ms)
 {
 	static SqlStatement statement = SQL_STATEMENT(
 		"SELECT pg_catalog.sum(calls)::bigint FROM @.userpilot_recent_calls WHERE server = $1"
-		" AND at > pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => 60 / $2)",
+		" AND at > pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)",
 		2, {TEXTOID, FLOAT8OID});
-	Datum		args[2] = {CStringGetTextDatum(server), Float8GetDatum(userpilot_time_scale)};
+	Datum		args[2] = {CStringGetTextDatum(server), Float8GetDatum(window(delay_ms))};
 
 	(void) sql_execute(&statement, args, NULL, true);
 	return (int) sql_int64(1, 0);
 }
 
 void
-ledger_prune(void)
+ledger_prune(const char *server, int64 delay_ms)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"DELETE FROM @.userpilot_recent_calls"
-		" WHERE at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => 120 / $1)",
-		1, {FLOAT8OID});
-	Datum		args[1] = {Float8GetDatum(userpilot_time_scale)};
+		"DELETE FROM @.userpilot_recent_calls WHERE server = $1"
+		" AND at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)",
+		2, {TEXTOID, FLOAT8OID});
+	Datum		args[2] = {CStringGetTextDatum(server), Float8GetDatum(window(delay_ms))};
 
 	(void) sql_execute(&statement, args, NULL, false);
 }

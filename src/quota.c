@@ -213,6 +213,19 @@ quota_calls_ended(uint64 application, int n, int64 now)
 	held_add(application, -n);
 }
 
+void
+quota_calls_return(uint64 application, int n)
+{
+	Application *app;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	if (app != NULL)
+		app->in_flight = Max(app->in_flight - n, 0);
+	LWLockRelease(shared->lock);
+	held_add(application, -n);
+}
+
 /*
  * One job at a time for an application, whoever's; idempotent for a holder.
  * Who asked in vain has the next turn, if he keeps asking.

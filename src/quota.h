@@ -18,6 +18,8 @@ extern void quota_give_back(void);
 extern int	quota_calls_take(uint64 application, int per_minute, int wanted,
 							 int64 now, int64 *wait_until);
 extern void quota_calls_seed(uint64 application, int n, int64 now);
+/* ... which are not made after all */
+extern void quota_calls_return(uint64 application, int n);
 extern void quota_calls_ended(uint64 application, int n, int64 now);
 extern bool quota_job_slot_take(uint64 application, Oid server, int64 now);
 extern void quota_job_slot_release(uint64 application, Oid server);

@@ -22,9 +22,6 @@
 /* Rows kept in memory; past them the bulk lane takes over */
 #define MAX_ROWS 20000
 
-/* Marked entities per connection: enough to keep each busy over a commit */
-#define READY_PER_CONNECTION 4
-
 /* With more than this waiting, a job of most of them is the faster way */
 #define BACKLOG_ENTITIES 400
 
@@ -158,7 +155,7 @@ wave_room(const Sender *sender, int64 now)
 
 	if (!sender_may_send(sender) || now < rt->lane.not_before)
 		return 0;
-	room = sender->env->connections * READY_PER_CONNECTION - rt->nready - rt->ncalling;
+	room = sender->env->connections * REALTIME_READY_PER_CONNECTION - rt->nready - rt->ncalling;
 	/* an open circuit lets one probe through at a time */
 	if (rt->lane.outages > 0 || rt->lane.throttled > 0 || sender->paused)
 		room = rt->nready + rt->ncalling > 0 ? 0 : 1;
@@ -284,8 +281,9 @@ write_profiles(Sender *sender, Pending **pending, int n, ProfileStep step)
 }
 
 static void
-make_ready(Realtime *rt, Pending *pending)
+make_ready(Sender *sender, Pending *pending)
 {
+	Realtime   *rt = &sender->rt;
 	StringInfoData body;
 	int			len;
 	MemoryContext old = MemoryContextSwitchTo(pending->merge_context);
@@ -300,10 +298,34 @@ make_ready(Realtime *rt, Pending *pending)
 
 	pending->profile.attempts++;
 	pending->profile.job = 0;
+	pending->application = sender->env->fingerprint;
 	pending->state = PENDING_READY;
 	dlist_delete(&pending->node);
 	dlist_push_tail(&rt->ready, &pending->node);
 	rt->nready++;
+}
+
+/*
+ * How many of those to be sent may go now; the others wait.  The right to a
+ * call is taken before the mark, so that a body leaves soon after it: after a
+ * crash the marks are all that tells which calls were made.
+ */
+static int
+within_quota(Sender *sender, Pending **sending, int n, int64 now)
+{
+	Realtime   *rt = &sender->rt;
+	int64		wait_until;
+	int			granted = 0;
+
+	if (n == 0)
+		return 0;
+	granted = quota_calls_take(sender->env->fingerprint, sender->env->requests_per_minute,
+							   n, now, &wait_until);
+	for (int i = granted; i < n; i++)
+		pending_wait(rt, sending[i], wait_until);
+	if (granted < n)
+		rt->due_at = wait_until;
+	return granted;
 }
 
 /* Beside an overdue job even what needs no sending stays queued until it ends;
@@ -360,8 +382,9 @@ realtime_wave(Sender *sender, int64 now)
 		}
 		MemoryContextSwitchTo(old);
 	}
+	nmarked = within_quota(sender, marked, nmarked, now);
 	for (int i = 0; i < nmarked; i++)
-		make_ready(rt, marked[i]);
+		make_ready(sender, marked[i]);
 	nnothing = keep_provisional(rt, nothing, nnothing, now);
 
 	write_profiles(sender, nothing, nnothing, PROFILE_RAISED);
@@ -375,23 +398,16 @@ realtime_wave(Sender *sender, int64 now)
 	return nmarked > 0;
 }
 
-/* Starts calls of what is ready, as connections and the limit allow */
+/* Starts calls of what is ready, as connections allow */
 void
 realtime_start(Sender *sender, int64 now)
 {
 	Realtime   *rt = &sender->rt;
-	int			wanted = Min(rt->nready, sender->env->connections - rt->ncalling);
-	int64		wait_until;
-	int			granted;
+	int			room = Min(rt->nready, sender->env->connections - rt->ncalling);
 
-	if (wanted <= 0 || now < rt->lane.not_before || !sender_may_send(sender))
+	if (now < rt->lane.not_before || !sender_may_send(sender))
 		return;
-	granted = quota_calls_take(sender->env->fingerprint, sender->env->requests_per_minute,
-							   wanted, now, &wait_until);
-	if (granted == 0)
-		rt->lane.not_before = Max(rt->lane.not_before, wait_until);
-
-	for (int i = 0; i < granted; i++)
+	for (int i = 0; i < room; i++)
 	{
 		Pending    *pending = dlist_container(Pending, node, dlist_pop_head_node(&rt->ready));
 		Call	   *call = MemoryContextAlloc(pending->merge_context, sizeof(Call));
@@ -401,7 +417,7 @@ realtime_start(Sender *sender, int64 now)
 		rt->ncalling++;
 		call->sender = sender;
 		call->pending = pending;
-		call->application = sender->env->fingerprint;
+		call->application = pending->application;
 		pending->state = PENDING_CALLING;
 		pending->started_at = now;
 		dlist_push_tail(&rt->calling, &pending->node);
@@ -410,7 +426,7 @@ realtime_start(Sender *sender, int64 now)
 			continue;
 
 		/* it never left: as if the network had refused it */
-		quota_calls_ended(sender->env->fingerprint, 1, now);
+		quota_calls_return(pending->application, 1);
 		rt->ncalling--;
 		sender_error(sender, error);
 		pending_wait(rt, pending, now + delivery_entity_backoff(1, 1.0));
@@ -433,9 +449,20 @@ withdraw_ready(Sender *sender)
 		profile = &pending->profile;
 		profile->attempts--;
 		profiles_set_attempts(sender->env->server, &profile, 1);
+		quota_calls_return(pending->application, 1);
 		rt->nready--;
 		pending_wait(rt, pending, 0);
 	}
+}
+
+/* The sender goes: what was to be called is not */
+void
+realtime_give_back(Sender *sender)
+{
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &sender->rt.ready)
+		quota_calls_return(dlist_container(Pending, node, iter.cur)->application, 1);
 }
 
 static void

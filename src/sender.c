@@ -42,6 +42,7 @@ sender_create(MemoryContext parent, Oid serverid, Http *http)
 void
 sender_destroy(Sender *sender)
 {
+	realtime_give_back(sender);
 	MemoryContextDelete(sender->context);
 }
 
@@ -82,6 +83,15 @@ sender_may_send(const Sender *sender)
 	if (sender->stale || sender->env == NULL || sender->env->problem != NULL)
 		return false;
 	return !sender->paused || clock_now() >= sender->paused_probe_at;
+}
+
+/* Ready entities wait for a connection, and each call ends with its timeout;
+ * one more for a call's own time */
+int64
+sender_call_delay(const Sender *sender)
+{
+	return clock_api_ms((int64) sender->env->target.timeout_ms *
+						(REALTIME_READY_PER_CONNECTION + 1));
 }
 
 bool

@@ -56,6 +56,7 @@ typedef struct Pending
 	int64		not_before;
 	int64		failed_at;
 	int64		started_at;
+	uint64		application;	/* whose quota the body counts against */
 	MemoryContext merge_context;
 	Profile		profile;
 	HttpPiece	body;
@@ -169,6 +170,8 @@ extern bool sender_may_send(const Sender *sender);
 /* Asked in the transaction that is about to take something along: what was
  * committed after userpilot_disable() must not leave */
 extern bool sender_still_enabled(Sender *sender);
+/* How long after its mark a body may leave at most (API ms) */
+extern int64 sender_call_delay(const Sender *sender);
 extern void sender_paused(Sender *sender, const char *reason);
 extern void sender_error(Sender *sender, const char *error);
 extern void sender_delivered(Sender *sender, int64 records);
@@ -187,7 +190,11 @@ extern double sender_random(void);
 extern char *sender_error_text(const HttpResult *result);
 extern char *sender_answer_text(const HttpResult *result);
 
+/* Marked entities per connection: enough to keep each busy over a commit */
+#define REALTIME_READY_PER_CONNECTION 4
+
 /* realtime.c */
+extern void realtime_give_back(Sender *sender);
 extern void realtime_init(Sender *sender);
 extern void realtime_reset_look(Sender *sender);
 extern bool realtime_look(Sender *sender);

@@ -196,6 +196,7 @@ static void
 add_sender(Oid serverid)
 {
 	Sender	   *sender = sender_create(TopMemoryContext, serverid, http);
+	int			calls;
 
 	if (!sender_reload(sender))
 	{
@@ -203,8 +204,9 @@ add_sender(Oid serverid)
 		return;
 	}
 	bulk_recover(sender);
+	calls = ledger_recent_calls(sender->env->server, sender_call_delay(sender));
 	quota_calls_seed(sender->env->fingerprint,
-					 ledger_recent_calls(sender->env->server), clock_now());
+					 Min(calls, sender->env->requests_per_minute), clock_now());
 	senders = senders ? repalloc(senders, (nsenders + 1) * sizeof(Sender *)) :
 		MemoryContextAlloc(TopMemoryContext, sizeof(Sender *));
 	senders[nsenders++] = sender;
@@ -358,7 +360,8 @@ step_watch(void)
 
 	begin_step();
 	pending = queue_prepared_pending();
-	ledger_prune();
+	for (int i = 0; i < nsenders; i++)
+		ledger_prune(senders[i]->env->server, sender_call_delay(senders[i]));
 	end_step(false);
 	/* one was decided: its rows are no news to any look */
 	look_at_all |= prepared_pending;

@@ -193,7 +193,7 @@ copy_tree()
 	{
 		tar -C "$TREE" --warning=no-file-changed \
 			--exclude=./.git --exclude='*.o' --exclude='*.so' --exclude='*.bc' \
-			--exclude=__pycache__ --exclude='./tmp_check*' --exclude=./results \
+			--exclude=__pycache__ --exclude='./tmp_*' --exclude=./results \
 			--exclude=./log --exclude='./output_iso*' --exclude='./regression.*' \
 			--exclude=./test/unit/merge_histories \
 			--exclude=./test/unit/delivery_cells -cf - . || [ "$?" = 1 ]
