@@ -106,27 +106,22 @@ look_row(const QueueRow *row, void *arg)
 	rt->due_at = 0;
 }
 
-/* Returns whether there was anything new */
-bool
+/* Adds what became visible since the last look, or all there is */
+void
 realtime_look(Sender *sender)
 {
 	Realtime   *rt = &sender->rt;
 	Datum		snapshot = rt->snapshot;
-	int			n;
+	MemoryContext old;
 
-	n = queue_look(sender->env->server, &snapshot, MAX_ROWS + 1, look_row, rt);
-
+	(void) queue_look(sender->env->server, &snapshot, MAX_ROWS + 1, look_row, rt);
 	if (rt->snapshot)
 		pfree(DatumGetPointer(rt->snapshot));
-	{
-		MemoryContext old = MemoryContextSwitchTo(rt->context);
-
-		rt->snapshot = datumCopy(snapshot, false, -1);
-		MemoryContextSwitchTo(old);
-	}
+	old = MemoryContextSwitchTo(rt->context);
+	rt->snapshot = datumCopy(snapshot, false, -1);
+	MemoryContextSwitchTo(old);
 	if (realtime_backlogged(sender))
 		sender->bulk.dirty = true;
-	return n > 0;
 }
 
 /* More was there than fitted: there is room now, or rows were not where they
@@ -140,7 +135,7 @@ look_again_if_room(Sender *sender)
 	{
 		rt->moved = false;
 		realtime_reset_look(sender);
-		(void) realtime_look(sender);
+		realtime_look(sender);
 	}
 }
 

@@ -180,7 +180,6 @@ extern int64 sender_next_at(const Sender *sender, int64 now);
 extern void sender_report(Sender *sender, int64 now, bool force);
 
 /* A lane's circuit */
-extern bool lane_open(const Lane *lane, int64 now);
 extern void lane_succeeded(Lane *lane, int64 now);
 extern void lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 					   int64 now, const char *error);
@@ -197,7 +196,7 @@ extern char *sender_answer_text(const HttpResult *result);
 extern void realtime_give_back(Sender *sender);
 extern void realtime_init(Sender *sender);
 extern void realtime_reset_look(Sender *sender);
-extern bool realtime_look(Sender *sender);
+extern void realtime_look(Sender *sender);
 extern bool realtime_wave_due(const Sender *sender, int64 now);
 extern bool realtime_wave(Sender *sender, int64 now);
 extern void realtime_start(Sender *sender, int64 now);

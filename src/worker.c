@@ -313,7 +313,7 @@ step_look(StateWake wake)
 			realtime_reset_look(senders[i]);
 		if (wake.bulk_changes != seen_bulk_changes || look_at_all)
 			senders[i]->bulk.dirty = true;
-		(void) realtime_look(senders[i]);
+		realtime_look(senders[i]);
 	}
 	end_step(false);
 	look_at_all = false;
