@@ -21,9 +21,9 @@
 #include "storage/lock.h"
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
+#include "utils/inval.h"
 #include "utils/memutils.h"
-#include "utils/ps_status.h"
-#include "utils/snapmgr.h"
+#include "utils/syscache.h"
 
 #include "clock.h"
 #include "compat.h"
@@ -31,7 +31,7 @@
 #include "ledger.h"
 #include "sender.h"
 #include "settings.h"
-#include "sql.h"
+#include "step.h"
 #include "worker.h"
 
 /* Leaves after so long without work (API ms) */
@@ -57,76 +57,44 @@
 
 static Oid	extension;
 static Oid	extension_owner;
-static Oid	step_user;
-static int	step_sec_context;
 static Http *http;
-static MemoryContext step_context;
 static Sender **senders = NULL;
 static int	nsenders = 0;
 static uint64 seen_changes = 0;
 static uint64 seen_bulk_changes = 0;
 static bool prepared_pending = false;
 static bool look_at_all = true; /* the next look reads everything */
+static bool options_changed = false;	/* of any server or user mapping */
 
 /* ---------------------------------------------------------- transactions */
+
+/*
+ * Changed options and keys hold for all that was committed after them: a step
+ * whose snapshot sees a row sees the options of its time.
+ */
+static void
+reload_changed_senders(void)
+{
+	AcceptInvalidationMessages();
+	if (!options_changed)
+		return;
+	options_changed = false;
+	for (int i = 0; i < nsenders; i++)
+		if (!sender_reload(senders[i]))
+			senders[i]->stale = true;
+}
+
+static void
+note_options_changed(Datum arg, int cacheid, uint32 hashvalue)
+{
+	options_changed = true;
+}
 
 static void
 begin_step(void)
 {
-	SetCurrentStatementStartTimestamp();
-	StartTransactionCommand();
-	GetUserIdAndSecContext(&step_user, &step_sec_context);
-	SetUserIdAndSecContext(extension_owner, step_sec_context | SECURITY_RESTRICTED_OPERATION);
-	profiles_lock();
-	sql_connect();
-	PushActiveSnapshot(GetTransactionSnapshot());
-}
-
-static void
-commit_setting(const char *value)
-{
-	(void) set_config_option("synchronous_commit", value, PGC_SUSET, PGC_S_SESSION,
-							 GUC_ACTION_LOCAL, true, 0, false);
-}
-
-/* durable: what was marked must be on disk before its body leaves */
-static void
-end_step(bool durable)
-{
-	PopActiveSnapshot();
-	SPI_finish();
-	SetUserIdAndSecContext(step_user, step_sec_context);
-	if (!durable)
-		commit_setting("off");
-	else if (synchronous_commit < SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
-		commit_setting("local");
-	CommitTransactionCommand();
-	MemoryContextReset(step_context);
-	MemoryContextSwitchTo(step_context);
-}
-
-static void
-pin_settings(void)
-{
-	static const char *const settings[][2] = {
-		{"search_path", "pg_catalog, pg_temp"},
-		{"default_transaction_isolation", "read committed"},
-		{"default_transaction_read_only", "off"},
-		{"default_transaction_deferrable", "off"},
-		{"statement_timeout", "0"},
-		{"lock_timeout", "0"},
-		{"idle_in_transaction_session_timeout", "0"},
-		{"row_security", "off"},
-		{"jit", "off"},
-		/* plans are kept, and made before the queue fills */
-		{"enable_seqscan", "off"},
-		{"enable_hashjoin", "off"},
-		{"enable_mergejoin", "off"},
-		{"plan_cache_mode", "force_generic_plan"}
-	};
-
-	for (size_t i = 0; i < lengthof(settings); i++)
-		SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+	step_begin(extension_owner);
+	reload_changed_senders();
 }
 
 /* -------------------------------------------------------------- database */
@@ -145,7 +113,7 @@ database_is_wanted(void)
 	SET_LOCKTAG_OBJECT(tag, InvalidOid, DatabaseRelationId, MyDatabaseId, 0);
 	wanted = LockAcquire(&tag, RowExclusiveLock, false, true) == LOCKACQUIRE_NOT_AVAIL;
 	CommitTransactionCommand();
-	MemoryContextSwitchTo(step_context);
+	step_outside();
 	return wanted;
 }
 
@@ -171,7 +139,7 @@ extension_is_ours(void)
 						version, USERPILOT_VERSION),
 				 errhint("ALTER EXTENSION userpilot UPDATE; or restart the server if the library is older.")));
 	CommitTransactionCommand();
-	MemoryContextSwitchTo(step_context);
+	step_outside();
 	return same;
 }
 
@@ -237,7 +205,7 @@ load_senders(void)
 	for (int i = 0; i < nsenders; i++)
 		if (!senders[i]->stale)
 			sender_report(senders[i], clock_now(), false);
-	end_step(false);
+	step_end(false);
 
 	for (int i = nsenders - 1; i >= 0; i--)
 	{
@@ -297,7 +265,7 @@ step_answers(void)
 	begin_step();
 	for (int i = 0; i < nsenders; i++)
 		answer_sender(senders[i], results, whose, n);
-	end_step(false);
+	step_end(false);
 	for (int i = 0; i < n; i++)
 		http_result_free(results[i]);
 	return true;
@@ -315,7 +283,7 @@ step_look(StateWake wake)
 			senders[i]->bulk.dirty = true;
 		realtime_look(senders[i]);
 	}
-	end_step(false);
+	step_end(false);
 	look_at_all = false;
 	seen_changes = wake.changes;
 	seen_bulk_changes = wake.bulk_changes;
@@ -337,7 +305,7 @@ step_sender(Sender *sender)
 		durable = bulk_step(sender, now);
 		/* a sweep has counted the backlog: say so at once */
 		sender_report(sender, now, before == BULK_PREPARE);
-		end_step(durable);
+		step_end(durable);
 		if (sender->bulk.state == before)
 			bulk_start(sender, clock_now());
 		did = true;
@@ -346,7 +314,7 @@ step_sender(Sender *sender)
 	{
 		begin_step();
 		durable = realtime_wave(sender, now);
-		end_step(durable);
+		step_end(durable);
 		did = true;
 	}
 	realtime_start(sender, clock_now());
@@ -362,7 +330,7 @@ step_watch(void)
 	pending = queue_prepared_pending();
 	for (int i = 0; i < nsenders; i++)
 		ledger_prune(senders[i]->env->server, sender_call_delay(senders[i]));
-	end_step(false);
+	step_end(false);
 	/* one was decided: its rows are no news to any look */
 	look_at_all |= prepared_pending;
 	prepared_pending = pending;
@@ -373,7 +341,7 @@ step_prune(void)
 {
 	begin_step();
 	history_prune();
-	end_step(false);
+	step_end(false);
 }
 
 static bool
@@ -402,7 +370,7 @@ anything_left(void)
 	}
 	if (!left)
 		history_prune();
-	end_step(false);
+	step_end(false);
 	return left;
 }
 
@@ -429,10 +397,9 @@ start_up(Oid database)
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
 	state_worker_attach();
-	pin_settings();
-	step_context = AllocSetContextCreate(TopMemoryContext, "userpilot step",
-										 ALLOCSET_DEFAULT_SIZES);
-	MemoryContextSwitchTo(step_context);
+	step_start_up();
+	CacheRegisterSyscacheCallback(FOREIGNSERVEROID, note_options_changed, (Datum) 0);
+	CacheRegisterSyscacheCallback(USERMAPPINGOID, note_options_changed, (Datum) 0);
 }
 
 /* Once a second; false when the worker must go */
@@ -478,7 +445,7 @@ may_start(void)
 		wait = Min((int64) START_WAIT_MS << Min(starts - STARTS_FREE, 12), START_WAIT_MAX_MS);
 	if (since_last >= wait)
 		ledger_start();
-	end_step(true);
+	step_end(true);
 	if (since_last >= wait)
 		return true;
 	ereport(LOG,
@@ -497,7 +464,7 @@ note_progress(void)
 		return;
 	begin_step();
 	ledger_progress();
-	end_step(false);
+	step_end(false);
 	noted = true;
 }
 

@@ -31,7 +31,8 @@ LAYERS = [
     [["queue", "queue_table", "queue_batch", "queue_read"], ["jobs"],
      ["profiles"], ["history"], ["ledger"], ["environment_enabled"]],
     # the lanes of one server
-    [["sender", "realtime", "pending", "bulk", "bulk_job", "bulk_answers",
+    [["step"],
+     ["sender", "realtime", "pending", "bulk", "bulk_job", "bulk_answers",
       "sweep"]],
     # entry points
     [["worker"], ["functions"], ["aggregates"], ["triggers"],

@@ -1,0 +1,21 @@
+/*
+ * step.h
+ *	  The worker's transactions.
+ */
+#ifndef USERPILOT_STEP_H
+#define USERPILOT_STEP_H
+
+/* Once, connected to the database */
+extern void step_start_up(void);
+
+/* A transaction as the extension's owner, with a snapshot; no invalidation of
+ * profiles can commit until it ends */
+extern void step_begin(Oid owner);
+
+/* durable: what was marked must be on disk before its body leaves */
+extern void step_end(bool durable);
+
+/* Back to the memory between steps, after a transaction of another kind */
+extern void step_outside(void);
+
+#endif
