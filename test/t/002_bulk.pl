@@ -151,9 +151,11 @@ foreach my $format (('json', 'ndjson') x 3)
 	my $select = 'SELECT id, metadata FROM account_meta WHERE id <= 2000';
 
 	start_over();
-	sql("ALTER SERVER userpilot OPTIONS ($add bulk_format '$format')");
+	sql(q{SELECT userpilot_identify_company(1, '{"name":"so that a worker runs"}')});
+	delivered($node, 'postgres');
+	sql("ALTER SERVER userpilot OPTIONS ($add bulk_format '$format');
+		SELECT userpilot_bulk_identify_companies(id, metadata) FROM ($select) s");
 	$add = 'SET';
-	sql("SELECT userpilot_bulk_identify_companies(id, metadata) FROM ($select) s");
 	ok( $node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM userpilot_jobs WHERE job_id IS NOT NULL}),
 		"$format: a job runs");
 	is( sql(q{SELECT md5(string_agg(records, '' ORDER BY seq)) FROM userpilot_job_chunks}),
