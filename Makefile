@@ -65,4 +65,8 @@ unit: $(UNIT) $(shlib)
 reliability:
 	$(MAKE) installcheck REGRESS= ISOLATION= PROVE_TESTS='test/reliability/*.pl'
 
-.PHONY: unit reliability
+# What it costs, against real baselines; bench/README.md
+bench:
+	bash bench/run
+
+.PHONY: unit reliability bench

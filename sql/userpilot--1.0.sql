@@ -110,6 +110,9 @@ CREATE TABLE userpilot_batches (
 	lsn pg_lsn NOT NULL,
 	xid xid8 NOT NULL,
 	rows bigint NOT NULL DEFAULT 0,
+	unchanged bigint NOT NULL DEFAULT 0,
+	invalid bigint NOT NULL DEFAULT 0,
+	pending bigint NOT NULL DEFAULT 0,
 	statement text,
 	started_at timestamptz NOT NULL,
 	by text NOT NULL
@@ -124,19 +127,24 @@ COMMENT ON COLUMN userpilot_batches.snapshot IS 'Snapshot the SELECT read with.'
 COMMENT ON COLUMN userpilot_batches.lsn IS 'WAL insert position when it began.';
 COMMENT ON COLUMN userpilot_batches.xid IS 'Transaction it ran in.';
 COMMENT ON COLUMN userpilot_batches.rows IS 'Rows queued.';
+COMMENT ON COLUMN userpilot_batches.unchanged IS 'Rows left out because Userpilot has what they say.';
+COMMENT ON COLUMN userpilot_batches.invalid IS 'Rows that went to userpilot_dead_letters (userpilot_sync_table).';
+COMMENT ON COLUMN userpilot_batches.pending IS 'Rows not acknowledged yet, as the worker last counted them: before each job, and after the last.';
 COMMENT ON COLUMN userpilot_batches.statement IS 'The statement''s first 1,000 bytes.';
 COMMENT ON COLUMN userpilot_batches.started_at IS 'When the SELECT met its first row.';
 COMMENT ON COLUMN userpilot_batches.by IS 'Role that ran it.';
 
 CREATE TABLE userpilot_profiles (
-	server text NOT NULL,
-	kind text NOT NULL,
-	entity_id text NOT NULL,
+	-- bytewise: quick to search, and no other after an upgrade of the C library
+	server text COLLATE "C" NOT NULL,
+	kind text COLLATE "C" NOT NULL,
+	entity_id text COLLATE "C" NOT NULL,
 	company_id text,
 	metadata jsonb NOT NULL DEFAULT '{}',
 	versions jsonb NOT NULL DEFAULT '[]',
 	attempts integer NOT NULL DEFAULT 0,
 	synced_at timestamptz,
+	believed_since timestamptz,
 	job bigint,
 	PRIMARY KEY (server, kind, entity_id)
 ) WITH (fillfactor = 70);
@@ -151,6 +159,7 @@ COMMENT ON COLUMN userpilot_profiles.metadata IS 'Acknowledged properties; a nul
 COMMENT ON COLUMN userpilot_profiles.versions IS 'Which change wrote each key: a list of [lsn, xid, order, keys...]; the entry without keys is for every property in metadata not named in another. The key "" is the company.';
 COMMENT ON COLUMN userpilot_profiles.attempts IS 'Bodies sent since the last acknowledgement.';
 COMMENT ON COLUMN userpilot_profiles.synced_at IS 'Last acknowledgement; null if there was none.';
+COMMENT ON COLUMN userpilot_profiles.believed_since IS 'Oldest acknowledgement that metadata rests on; after server option refresh_after (30 days, each entity up to a quarter earlier) all of it counts as unknown. Null while nothing is known.';
 COMMENT ON COLUMN userpilot_profiles.job IS 'Job the entity is in flight in: userpilot_jobs.id.';
 
 CREATE TABLE userpilot_jobs (
@@ -415,7 +424,7 @@ CREATE AGGREGATE userpilot_bulk_identify_companies(company_id "any", metadata js
 	PARALLEL = UNSAFE
 );
 COMMENT ON AGGREGATE userpilot_bulk_identify_companies("any", jsonb) IS
-'Queues every row''s company for the bulk lane and returns how many rows; the number is the proof that all were queued. Use it in the select list of a top-level SELECT, without or with a plain GROUP BY. What the SELECT''s snapshot cannot see counts as newer than its rows. Arguments as of userpilot_identify_company(). API: POST /v1/companies/bulk_identify, at most 10,000 records a job, 1,800 a minute.';
+'Queues every row''s company for the bulk lane and returns how many rows; rows of which Userpilot has every value already are left out (userpilot_batches.unchanged), unless something of theirs is under way. Use it in the select list of a top-level SELECT, without or with a plain GROUP BY. What the SELECT''s snapshot cannot see counts as newer than its rows. Arguments as of userpilot_identify_company(). API: POST /v1/companies/bulk_identify, at most 10,000 records a job, 1,800 a minute.';
 
 CREATE AGGREGATE userpilot_bulk_identify_users(user_id "any", metadata jsonb) (
 	SFUNC = userpilot_bulk_users_trans,
@@ -436,6 +445,81 @@ CREATE AGGREGATE userpilot_bulk_identify_users(user_id "any", metadata jsonb, co
 );
 COMMENT ON AGGREGATE userpilot_bulk_identify_users("any", jsonb, "any") IS
 'Queues every row''s user and company for the bulk lane and returns how many rows. See userpilot_bulk_identify_companies(). API: POST /v1/users/bulk_identify.';
+
+-- ---------------------------------------------------------------------------
+-- Previews: what a bulk SELECT would come to, nothing queued
+-- ---------------------------------------------------------------------------
+
+CREATE TYPE userpilot_preview AS (
+	rows bigint,
+	new bigint,
+	changed bigint,
+	unchanged bigint,
+	invalid bigint,
+	records bigint,
+	jobs bigint,
+	minutes double precision
+);
+COMMENT ON TYPE userpilot_preview IS
+'What a bulk SELECT would come to: its rows are new to Userpilot, changed, unchanged (left out) or invalid (it would be refused); new and changed ones make records, in jobs of at most 10,000, and take minutes at 1,800 records a minute, behind whatever is queued already.';
+
+CREATE FUNCTION userpilot_preview_companies_trans(internal, "any", jsonb)
+RETURNS internal
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_preview_companies_trans(internal, "any", jsonb) IS
+'Transition function of userpilot_preview_companies().';
+
+CREATE FUNCTION userpilot_preview_users_trans(internal, "any", jsonb)
+RETURNS internal
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_preview_users_trans(internal, "any", jsonb) IS
+'Transition function of userpilot_preview_users().';
+
+CREATE FUNCTION userpilot_preview_users_trans(internal, "any", jsonb, "any")
+RETURNS internal
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_preview_users_trans(internal, "any", jsonb, "any") IS
+'Transition function of userpilot_preview_users().';
+
+CREATE FUNCTION userpilot_preview_final(internal)
+RETURNS userpilot_preview
+LANGUAGE C VOLATILE PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_preview_final(internal) IS
+'Final function of the preview aggregates.';
+
+CREATE AGGREGATE userpilot_preview_companies(company_id "any", metadata jsonb) (
+	SFUNC = userpilot_preview_companies_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_preview_final,
+	FINALFUNC_MODIFY = READ_WRITE,
+	PARALLEL = UNSAFE
+);
+COMMENT ON AGGREGATE userpilot_preview_companies("any", jsonb) IS
+'What userpilot_bulk_identify_companies() would come to for these rows: rows, new, changed, unchanged, invalid, records, jobs, minutes. Queues nothing; read it as SELECT (userpilot_preview_companies(id, metadata)).* FROM ... Needs USAGE on the server userpilot.server names.';
+
+CREATE AGGREGATE userpilot_preview_users(user_id "any", metadata jsonb) (
+	SFUNC = userpilot_preview_users_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_preview_final,
+	FINALFUNC_MODIFY = READ_WRITE,
+	PARALLEL = UNSAFE
+);
+COMMENT ON AGGREGATE userpilot_preview_users("any", jsonb) IS
+'What userpilot_bulk_identify_users() would come to for these rows. See userpilot_preview_companies().';
+
+CREATE AGGREGATE userpilot_preview_users(user_id "any", metadata jsonb, company_id "any") (
+	SFUNC = userpilot_preview_users_trans,
+	STYPE = internal,
+	FINALFUNC = userpilot_preview_final,
+	FINALFUNC_MODIFY = READ_WRITE,
+	PARALLEL = UNSAFE
+);
+COMMENT ON AGGREGATE userpilot_preview_users("any", jsonb, "any") IS
+'What userpilot_bulk_identify_users() would come to for these rows and companies. See userpilot_preview_companies().';
 
 -- ---------------------------------------------------------------------------
 -- Payloads: what would be sent, nothing sent
@@ -553,6 +637,38 @@ COMMENT ON AGGREGATE userpilot_users_ndjson("any", jsonb, "any") IS
 'The NDJSON file for POST /v1/users/bulk_identify. See userpilot_companies_ndjson().';
 
 -- ---------------------------------------------------------------------------
+-- Triggers, and the tables they are on
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION userpilot_company_trigger()
+RETURNS trigger
+LANGUAGE C
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_company_trigger() IS
+'Queues the table''s rows as companies: CREATE TRIGGER to_userpilot AFTER INSERT OR UPDATE ON accounts FOR EACH ROW EXECUTE FUNCTION userpilot_company_trigger(''id'', ''name'', ''mrr AS monthly_spend''). Arguments: the id''s column; then columns, each under its own name or AS another, ''*'' for all others; ''server=name'' for another server than the database''s userpilot.server. Numbers and booleans stay what they are, dates and times become ISO 8601 (timestamptz in UTC), all else text; a JSON column spreads its primitive members; NULL removes the property. An UPDATE queues all named columns if one has changed. The table''s owner needs USAGE on the server, who changes rows needs none. What can never be sent becomes a dead letter with a warning (server option on_invalid). userpilot_check_trigger() says what is wrong.';
+
+CREATE FUNCTION userpilot_user_trigger()
+RETURNS trigger
+LANGUAGE C
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_user_trigger() IS
+'Queues the table''s rows as users; the column AS company_id is the user''s company: userpilot_user_trigger(''id'', ''email'', ''account_id AS company_id''). See userpilot_company_trigger().';
+
+CREATE FUNCTION userpilot_check_trigger("table" regclass)
+RETURNS TABLE (trigger text, finding text, hint text)
+LANGUAGE C STABLE PARALLEL RESTRICTED
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_check_trigger(regclass) IS
+'What is wrong with a table''s userpilot triggers and what to do about it, in words; "ok" for one of which nothing is known.';
+
+CREATE FUNCTION userpilot_sync_table("table" regclass, OUT rows bigint, OUT queued bigint, OUT unchanged bigint, OUT invalid bigint)
+RETURNS record
+LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_sync_table(regclass) IS
+'Queues the rows of a table for the bulk lane, as its own enabled userpilot triggers would, but for what Userpilot has already: first load, nightly reconciliation, after a trigger was changed, repair. Returns how many rows were read, queued, left out as unchanged, and invalid: these are in userpilot_dead_letters. Needs SELECT on the table and USAGE on the server; the table''s owner needs USAGE, too.';
+
+-- ---------------------------------------------------------------------------
 -- Watching and steering
 -- ---------------------------------------------------------------------------
 
@@ -605,7 +721,7 @@ BEGIN ATOMIC
 	SELECT userpilot_wake();
 	WITH back AS (
 		DELETE FROM userpilot_dead_letters d
-		WHERE d.id = coalesce($1, d.id) AND d.server = coalesce($2, d.server)
+		WHERE d.entity_id <> '' AND d.id = coalesce($1, d.id) AND d.server = coalesce($2, d.server)
 		  AND d.kind = coalesce($3, d.kind) AND d.entity_id = coalesce($4, d.entity_id)
 		RETURNING d.*
 	), again AS (
@@ -623,6 +739,13 @@ END;
 COMMENT ON FUNCTION userpilot_retry(bigint, text, text, text) IS
 'Moves dead letters back into the queue, as they were, and returns how many: one by its id, those of a server, of a kind, of an entity, or all. An older value still does not overwrite a newer one. For whoever may write the tables.';
 REVOKE ALL ON FUNCTION userpilot_retry(bigint, text, text, text) FROM PUBLIC;
+
+CREATE FUNCTION userpilot_cancel(batch bigint)
+RETURNS bigint
+LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_cancel(bigint) IS
+'Takes back what a bulk SELECT or userpilot_sync_table has queued and nothing was sent of yet, and returns how many rows; what is under way stays. batch: userpilot_batches.id. For who ran it and the server''s owner.';
 
 CREATE FUNCTION userpilot_invalidate(server text, kind text DEFAULT NULL,
 									 id text DEFAULT NULL, since timestamptz DEFAULT NULL)

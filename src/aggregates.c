@@ -11,20 +11,29 @@
  */
 #include "postgres.h"
 
+#include <math.h>
+
+#include "access/htup_details.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
+#include "funcapi.h"
+#include "miscadmin.h"
 #include "nodes/execnodes.h"
 #include "nodes/plannodes.h"
 #include "utils/builtins.h"
 
 #include "change.h"
 #include "environment.h"
+#include "intake.h"
 #include "payload.h"
-#include "queue.h"
+#include "settings.h"
 
 PG_FUNCTION_INFO_V1(userpilot_bulk_companies_trans);
 PG_FUNCTION_INFO_V1(userpilot_bulk_users_trans);
 PG_FUNCTION_INFO_V1(userpilot_bulk_final);
+PG_FUNCTION_INFO_V1(userpilot_preview_companies_trans);
+PG_FUNCTION_INFO_V1(userpilot_preview_users_trans);
+PG_FUNCTION_INFO_V1(userpilot_preview_final);
 PG_FUNCTION_INFO_V1(userpilot_companies_payload_trans);
 PG_FUNCTION_INFO_V1(userpilot_companies_ndjson_trans);
 PG_FUNCTION_INFO_V1(userpilot_companies_payload_final);
@@ -38,23 +47,17 @@ typedef struct AggregateCall
 {
 	Oid			id_type;
 	Oid			company_type;	/* InvalidOid: no such argument */
-	QueueBatch *batch;			/* bulk aggregates only */
+	Intake	   *intake;			/* bulk aggregates and previews */
+	bool		has_shape;		/* payload aggregates: shape is filled */
+	const Shape *shape;			/* ... NULL: no server says otherwise */
 } AggregateCall;
 
 /* Transition value of a bulk aggregate: one a group */
 typedef struct BulkGroup
 {
-	QueueBatch *batch;
-	int64		rows;
+	Intake	   *intake;
+	IntakeCounts counts;
 } BulkGroup;
-
-/* A row's arguments, checked */
-typedef struct AggregateRow
-{
-	text	   *id;
-	text	   *company_id;
-	Jsonb	   *metadata;
-} AggregateRow;
 
 static MemoryContext
 aggregate_context(FunctionCallInfo fcinfo)
@@ -98,102 +101,192 @@ aggregate_call(FunctionCallInfo fcinfo)
 	return call;
 }
 
-/* Arguments: state, id, metadata[, company_id] */
-static AggregateRow
-aggregate_row(FunctionCallInfo fcinfo, const AggregateCall *call, UserpilotKind kind)
+/* A row's arguments: state, id, metadata[, company_id] */
+typedef struct RowArguments
 {
-	AggregateRow row = {0};
+	FunctionCallInfo fcinfo;
+	const AggregateCall *call;
+	const Shape *shape;			/* NULL: as it is */
+	UserpilotKind kind;
+	QueueChange change;			/* what they say, once checked */
+} RowArguments;
 
-	row.id = change_id(call->id_type, PG_GETARG_DATUM(1), PG_ARGISNULL(1),
-					   kind == USERPILOT_COMPANY ? "company_id" : "user_id");
+static void
+read_row(void *arg)
+{
+	RowArguments *row = arg;
+	FunctionCallInfo fcinfo = row->fcinfo;
+	QueueChange *change = &row->change;
+
+	change->kind = row->kind;
+	change->entity_id = change_id(row->call->id_type, PG_GETARG_DATUM(1), PG_ARGISNULL(1),
+								  row->kind == USERPILOT_COMPANY ? "company_id" : "user_id");
 	if (PG_ARGISNULL(2))
-		row.metadata = change_no_metadata();
+		change->metadata = change_no_metadata();
 	else
 	{
-		row.metadata = PG_GETARG_JSONB_P(2);
-		change_check_metadata(row.metadata);
+		change->metadata = PG_GETARG_JSONB_P(2);
+		if (row->shape != NULL)
+			change->metadata = shape_metadata(row->shape, row->kind, change->metadata);
+		change_check_metadata(change->metadata);
 	}
-	if (OidIsValid(call->company_type) && !PG_ARGISNULL(3))
-		row.company_id = change_id(call->company_type, PG_GETARG_DATUM(3), false, "company_id");
-	return row;
+	if (OidIsValid(row->call->company_type) && !PG_ARGISNULL(3))
+		change->company_id = change_id(row->call->company_type, PG_GETARG_DATUM(3), false,
+									   "company_id");
 }
 
 /* ------------------------------------------------------ bulk aggregates */
 
 static void
-open_batch(FunctionCallInfo fcinfo, AggregateCall *call, UserpilotKind kind)
+open_intake(FunctionCallInfo fcinfo, AggregateCall *call, UserpilotKind kind, bool preview)
 {
 	MemoryContext old = MemoryContextSwitchTo(fcinfo->flinfo->fn_mcxt);
-	text	   *server;
+	const char *command = kind == USERPILOT_COMPANY ?
+		"userpilot_bulk_identify_companies()" : "userpilot_bulk_identify_users()";
 
 	refuse_grouping_sets(fcinfo);
-	server = DatumGetTextPCopy(PointerGetDatum(environment_current()->name));
-	call->batch = queue_batch_open(server, kind, kind == USERPILOT_COMPANY ?
-								   "userpilot_bulk_identify_companies()" :
-								   "userpilot_bulk_identify_users()");
+	call->intake = intake_open(environment_current(), kind, preview ? NULL : command);
 	MemoryContextSwitchTo(old);
 }
 
 static Datum
-bulk_transition(FunctionCallInfo fcinfo, UserpilotKind kind)
+bulk_transition(FunctionCallInfo fcinfo, UserpilotKind kind, bool preview)
 {
 	MemoryContext context = aggregate_context(fcinfo);
 	AggregateCall *call = aggregate_call(fcinfo);
-	AggregateRow row = aggregate_row(fcinfo, call, kind);
 	BulkGroup  *group = PG_ARGISNULL(0) ? NULL : (BulkGroup *) PG_GETARG_POINTER(0);
-	QueueChange change = {.kind = kind};
+	RowArguments row = {.fcinfo = fcinfo,.call = call,.kind = kind};
+	char	   *complaint = NULL;
 
-	if (call->batch == NULL)
-		open_batch(fcinfo, call, kind);
+	if (call->intake == NULL)
+		open_intake(fcinfo, call, kind, preview);
 	if (group == NULL)
 	{
 		group = MemoryContextAllocZero(context, sizeof(BulkGroup));
-		group->batch = call->batch;
+		group->intake = call->intake;
 	}
-	change.server = queue_batch_server(call->batch);
-	change.entity_id = row.id;
-	change.company_id = row.company_id;
-	change.metadata = row.metadata;
-	queue_batch_add(call->batch, &change);
-	group->rows++;
+	row.shape = &intake_server(call->intake)->shape;
+	if (preview)
+		complaint = change_complaint(read_row, &row);
+	else
+		read_row(&row);
+	if (complaint != NULL)
+		intake_refuse(call->intake, &row.change, complaint, &group->counts);
+	else
+		intake_add(call->intake, &row.change, &group->counts);
 	PG_RETURN_POINTER(group);
 }
 
 Datum
 userpilot_bulk_companies_trans(PG_FUNCTION_ARGS)
 {
-	return bulk_transition(fcinfo, USERPILOT_COMPANY);
+	return bulk_transition(fcinfo, USERPILOT_COMPANY, false);
 }
 
 Datum
 userpilot_bulk_users_trans(PG_FUNCTION_ARGS)
 {
-	return bulk_transition(fcinfo, USERPILOT_USER);
+	return bulk_transition(fcinfo, USERPILOT_USER, false);
+}
+
+Datum
+userpilot_preview_companies_trans(PG_FUNCTION_ARGS)
+{
+	return bulk_transition(fcinfo, USERPILOT_COMPANY, true);
+}
+
+Datum
+userpilot_preview_users_trans(PG_FUNCTION_ARGS)
+{
+	return bulk_transition(fcinfo, USERPILOT_USER, true);
+}
+
+static BulkGroup *
+finished_group(FunctionCallInfo fcinfo)
+{
+	BulkGroup  *group;
+
+	(void) aggregate_context(fcinfo);
+	if (PG_ARGISNULL(0))
+		return NULL;
+	group = (BulkGroup *) PG_GETARG_POINTER(0);
+	intake_flush(group->intake);
+	return group;
 }
 
 /* Rows queued; 0 for no rows at all */
 Datum
 userpilot_bulk_final(PG_FUNCTION_ARGS)
 {
-	BulkGroup  *group;
+	BulkGroup  *group = finished_group(fcinfo);
 
-	(void) aggregate_context(fcinfo);
-	if (PG_ARGISNULL(0))
-		PG_RETURN_INT64(0);
-	group = (BulkGroup *) PG_GETARG_POINTER(0);
-	queue_batch_flush(group->batch);
-	PG_RETURN_INT64(group->rows);
+	PG_RETURN_INT64(group ? group->counts.fresh + group->counts.changed : 0);
+}
+
+/*
+ * What the rows would come to, as userpilot_preview.  Two rows of one entity
+ * count twice, though they would go as one record.
+ */
+Datum
+userpilot_preview_final(PG_FUNCTION_ARGS)
+{
+	static const IntakeCounts none = {0};
+	BulkGroup  *group = finished_group(fcinfo);
+	const IntakeCounts *counts = group ? &group->counts : &none;
+	int64		records = counts->fresh + counts->changed;
+	double		minutes = (double) records / USERPILOT_RECORDS_PER_MINUTE;
+	TupleDesc	desc;
+	Datum		values[8];
+	bool		nulls[8] = {0};
+
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	values[0] = Int64GetDatum(counts->rows);
+	values[1] = Int64GetDatum(counts->fresh);
+	values[2] = Int64GetDatum(counts->changed);
+	values[3] = Int64GetDatum(counts->unchanged);
+	values[4] = Int64GetDatum(counts->invalid);
+	values[5] = Int64GetDatum(records);
+	values[6] = Int64GetDatum((records + USERPILOT_MAX_RECORDS - 1) / USERPILOT_MAX_RECORDS);
+	values[7] = Float8GetDatum(rint(minutes * 10) / 10);
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
 }
 
 /* --------------------------------------------------- payload aggregates */
+
+/* As the current server would shape it; as it is where there is none */
+static const Shape *
+payload_shape(FunctionCallInfo fcinfo)
+{
+	MemoryContext old;
+	EnvironmentRef *ref;
+	Oid			serverid;
+	char	   *why;
+
+	if (!environment_may_use(userpilot_server, GetUserId(), &serverid, &why))
+		return NULL;
+	old = MemoryContextSwitchTo(fcinfo->flinfo->fn_mcxt);
+	ref = environment_ref(serverid);
+	MemoryContextSwitchTo(old);
+	return &ref->shape;
+}
 
 static Datum
 payload_transition(FunctionCallInfo fcinfo, UserpilotKind kind, char separator)
 {
 	MemoryContext context = aggregate_context(fcinfo);
 	AggregateCall *call = aggregate_call(fcinfo);
-	AggregateRow row = aggregate_row(fcinfo, call, kind);
+	RowArguments row = {.fcinfo = fcinfo,.call = call,.kind = kind};
+	QueueChange *change = &row.change;
 	StringInfo	out;
+
+	if (!call->has_shape)
+	{
+		call->shape = payload_shape(fcinfo);
+		call->has_shape = true;
+	}
+	row.shape = call->shape;
+	read_row(&row);
 
 	if (PG_ARGISNULL(0))
 	{
@@ -211,10 +304,10 @@ payload_transition(FunctionCallInfo fcinfo, UserpilotKind kind, char separator)
 			appendStringInfoChar(out, separator);
 	}
 
-	payload_record(out, kind, VARDATA_ANY(row.id), VARSIZE_ANY_EXHDR(row.id),
-				   row.company_id ? VARDATA_ANY(row.company_id) : NULL,
-				   row.company_id ? VARSIZE_ANY_EXHDR(row.company_id) : 0,
-				   row.metadata);
+	payload_record(out, kind, VARDATA_ANY(change->entity_id), VARSIZE_ANY_EXHDR(change->entity_id),
+				   change->company_id ? VARDATA_ANY(change->company_id) : NULL,
+				   change->company_id ? VARSIZE_ANY_EXHDR(change->company_id) : 0,
+				   change->metadata);
 	if (separator == '\n')
 		appendStringInfoChar(out, separator);
 	PG_RETURN_POINTER(out);

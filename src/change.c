@@ -202,6 +202,40 @@ change_check_metadata(Jsonb *metadata)
 	}
 }
 
+static bool
+is_complaint(int sqlstate)
+{
+	return ERRCODE_TO_CATEGORY(sqlstate) == ERRCODE_DATA_EXCEPTION ||
+		sqlstate == ERRCODE_PROGRAM_LIMIT_EXCEEDED ||
+		sqlstate == ERRCODE_DATATYPE_MISMATCH;
+}
+
+char *
+change_complaint(void (*check) (void *arg), void *arg)
+{
+	MemoryContext context = CurrentMemoryContext;
+	char	   *volatile complaint = NULL;
+
+	/* checks take neither locks nor other resources: nothing to clean up */
+	PG_TRY();
+	{
+		check(arg);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(context);
+		error = CopyErrorData();
+		if (!is_complaint(error->sqlerrcode))
+			PG_RE_THROW();
+		FlushErrorState();
+		complaint = error->message;
+	}
+	PG_END_TRY();
+	return complaint;
+}
+
 Jsonb *
 change_no_metadata(void)
 {

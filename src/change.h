@@ -17,6 +17,12 @@ extern text *change_id(Oid type, Datum value, bool isnull, const char *what);
 /* Raises unless it is an object of primitives within the API's limits */
 extern void change_check_metadata(Jsonb *metadata);
 
+/*
+ * What such a check complains of, hint included, or NULL: for callers that
+ * must not fail.  Errors of another sort pass.
+ */
+extern char *change_complaint(void (*check) (void *arg), void *arg);
+
 /* '{}', for a metadata argument that is null */
 extern Jsonb *change_no_metadata(void);
 

@@ -50,6 +50,15 @@
 	pg_foreign_server_aclcheck((serverid), (roleid), (mode))
 #endif
 
+/* 18 counts what index scans do */
+#if PG_VERSION_NUM >= 180000
+#define compat_index_beginscan(rel, index, snapshot, nkeys) \
+	index_beginscan((rel), (index), (snapshot), NULL, (nkeys), 0)
+#else
+#define compat_index_beginscan(rel, index, snapshot, nkeys) \
+	index_beginscan((rel), (index), (snapshot), (nkeys), 0)
+#endif
+
 /* 16 fixed the spelling of "relation kind" checks; 16 moved varatt macros */
 #if PG_VERSION_NUM >= 160000
 #include "varatt.h"

@@ -301,11 +301,13 @@ delivery_throttle_backoff(int in_a_row, double random)
 	return jitter(doubling(in_a_row, LANE_BACKOFF_MAX), 0.5, random);
 }
 
-/* Half fixed too: a probe is one call, but a call to a struggling service */
+/* Never sooner: a probe is one call, but a call to a struggling service */
 int64
 delivery_outage_backoff(int in_a_row, double random)
 {
-	return jitter(doubling(in_a_row, LANE_BACKOFF_MAX), 0.5, random);
+	int64		ms = doubling(in_a_row, LANE_BACKOFF_MAX);
+
+	return ms + jitter(ms / 2, 0.0, random);
 }
 
 /*

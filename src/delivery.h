@@ -66,7 +66,7 @@ extern const char *delivery_action_name(DeliveryAction action);
  * How long to wait, in ms.  "random" is uniform in [0,1).
  *   entity:   1 s doubling to 10 min, full jitter
  *   throttle: 1, 2, 4, 8 s, then on to 60 s, half fixed, half jitter
- *   outage:   probes at 1 s doubling to 60 s, half fixed, half jitter
+ *   outage:   probes at 1 s doubling to 60 s, and up to half as long again
  *   poll:     2 s growing to 30 s by the time the job is expected to take,
  *             but not within less than a minute
  */

@@ -17,9 +17,11 @@
 #include "access/reloptions.h"
 #include "access/table.h"
 #include "catalog/dependency.h"
+#include "catalog/pg_db_role_setting.h"
 #include "catalog/pg_extension.h"
 #include "catalog/pg_foreign_data_wrapper.h"
 #include "catalog/pg_foreign_server.h"
+#include "catalog/pg_type.h"
 #include "catalog/pg_user_mapping.h"
 #include "commands/extension.h"
 #include "common/hashfn.h"
@@ -27,6 +29,7 @@
 #include "miscadmin.h"
 #include "storage/fd.h"
 #include "utils/acl.h"
+#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/inval.h"
@@ -51,7 +54,8 @@ static uint64 generation = 1;
 static Oid	schema_kept = InvalidOid;
 static uint64 schema_generation = 0;
 
-static EnvironmentRef current_ref = {InvalidOid, NULL};
+static EnvironmentRef *current_ref = NULL;
+static MemoryContext current_context = NULL;
 static uint64 current_generation = 0;
 static Oid	current_role = InvalidOid;
 
@@ -201,17 +205,44 @@ environment_lookup(const char *server, bool check_usage)
 	return lookup_server(server, check_usage, "");
 }
 
+static void
+read_shape(OptionValues values, Shape *shape)
+{
+	if (values[OPTION_EXCLUDE_PROPERTIES] != NULL)
+		shape->nexcluded = Max(shape_names(values[OPTION_EXCLUDE_PROPERTIES],
+										   &shape->excluded), 0);
+	shape->flatten = options_word(values, OPTION_NESTED) == 1;
+	shape->user_strings = options_word(values, OPTION_USER_VALUES) == 1;
+}
+
+EnvironmentRef *
+environment_ref(Oid serverid)
+{
+	ForeignServer *server = GetForeignServer(serverid);
+	OptionValues values = {0};
+	EnvironmentRef *ref = palloc0(sizeof(EnvironmentRef));
+
+	options_read(server->options, ForeignServerRelationId, values);
+	ref->serverid = serverid;
+	ref->name = cstring_to_text(server->servername);
+	read_shape(values, &ref->shape);
+	ref->invalid_is_error = options_word(values, OPTION_ON_INVALID) == 1;
+	ref->refresh_after = options_seconds(values, OPTION_REFRESH_AFTER);
+	return ref;
+}
+
 const EnvironmentRef *
 environment_current(void)
 {
-	static char *name_kept = NULL;
+	static char name_kept[NAMEDATALEN];
+	MemoryContext caller;
 	uint64		at;
 	Oid			serverid;
 
 	watch_catalogs();
 	if (current_generation == generation && current_role == GetUserId() &&
 		strcmp(name_kept, userpilot_server) == 0)
-		return &current_ref;
+		return current_ref;
 
 	if (userpilot_server[0] == '\0')
 		ereport(ERROR,
@@ -219,34 +250,88 @@ environment_current(void)
 				 errmsg("no server to send to"),
 				 errhint("Name a server in the setting userpilot.server.")));
 
-	/* noted first, as a change may arrive while we look */
+	/* noted first, as a change may arrive while we look; and nothing is kept,
+	 * should memory run out below */
 	at = generation;
+	current_generation = 0;
 	serverid = lookup_server(userpilot_server, true,
 							 ", or name another server in the setting userpilot.server");
-
-	if (name_kept == NULL || strcmp(name_kept, userpilot_server) != 0)
-	{
-		char	   *name;
-		text	   *name_text;
-		MemoryContext caller = MemoryContextSwitchTo(TopMemoryContext);
-
-		/* nothing is kept, should memory run out between these */
-		current_generation = 0;
-		name = pstrdup(userpilot_server);
-		name_text = cstring_to_text(name);
-		MemoryContextSwitchTo(caller);
-		if (name_kept != NULL)
-		{
-			pfree(name_kept);
-			pfree(current_ref.name);
-		}
-		name_kept = name;
-		current_ref.name = name_text;
-	}
-	current_ref.serverid = serverid;
+	if (current_context == NULL)
+		current_context = AllocSetContextCreate(TopMemoryContext, "userpilot server",
+												ALLOCSET_SMALL_SIZES);
+	MemoryContextReset(current_context);
+	caller = MemoryContextSwitchTo(current_context);
+	current_ref = environment_ref(serverid);
+	MemoryContextSwitchTo(caller);
+	strlcpy(name_kept, userpilot_server, sizeof(name_kept));
 	current_role = GetUserId();
 	current_generation = at;
-	return &current_ref;
+	return current_ref;
+}
+
+/* The value that ALTER DATABASE gave a setting, or NULL */
+static char *
+database_setting(const char *name)
+{
+	Relation	relation = table_open(DbRoleSettingRelationId, AccessShareLock);
+	ScanKeyData key[2];
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	char	   *value = NULL;
+
+	ScanKeyInit(&key[0], Anum_pg_db_role_setting_setdatabase, BTEqualStrategyNumber,
+				F_OIDEQ, ObjectIdGetDatum(MyDatabaseId));
+	ScanKeyInit(&key[1], Anum_pg_db_role_setting_setrole, BTEqualStrategyNumber,
+				F_OIDEQ, ObjectIdGetDatum(InvalidOid));
+	scan = systable_beginscan(relation, DbRoleSettingDatidRolidIndexId, true, NULL, 2, key);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+	{
+		bool		isnull;
+		Datum		settings = heap_getattr(tuple, Anum_pg_db_role_setting_setconfig,
+											RelationGetDescr(relation), &isnull);
+		Datum	   *items = NULL;
+		int			n = 0;
+
+		if (!isnull)
+			deconstruct_array(DatumGetArrayTypeP(settings), TEXTOID, -1, false,
+							  TYPALIGN_INT, &items, NULL, &n);
+		for (int i = 0; i < n; i++)
+		{
+			char	   *item = TextDatumGetCString(items[i]);
+			size_t		len = strlen(name);
+
+			if (pg_strncasecmp(item, name, len) == 0 && item[len] == '=')
+				value = item + len + 1;
+		}
+	}
+	systable_endscan(scan);
+	table_close(relation, AccessShareLock);
+	return value;
+}
+
+char *
+environment_default_server(void)
+{
+	char	   *value = database_setting("userpilot.server");
+
+	return value != NULL ? value : pstrdup(settings_cluster_server());
+}
+
+bool
+environment_may_use(const char *server, Oid roleid, Oid *serverid, char **why)
+{
+	*serverid = get_foreign_server_oid(server, true);
+	if (!OidIsValid(*serverid))
+		*why = psprintf("server \"%s\" does not exist", server);
+	else if (!environment_is_ours(GetForeignServer(*serverid)->fdwid))
+		*why = psprintf("server \"%s\" is not a Userpilot environment", server);
+	else if (compat_server_aclcheck(*serverid, roleid, ACL_USAGE) != ACLCHECK_OK)
+		*why = psprintf("role \"%s\" lacks USAGE on foreign server \"%s\"",
+						GetUserNameFromId(roleid, true), server);
+	else
+		return true;
+	return false;
 }
 
 
@@ -450,6 +535,8 @@ environment_load(Oid serverid)
 	env->max_attempts = options_integer(values, OPTION_MAX_ATTEMPTS);
 	env->bulk_format = (BulkFormat) options_word(values, OPTION_BULK_FORMAT);
 	env->only_on = (char *) values[OPTION_ONLY_ON];
+	read_shape(values, &env->shape);
+	env->refresh_after = options_seconds(values, OPTION_REFRESH_AFTER);
 	env->target.timeout_ms = options_integer(values, OPTION_TIMEOUT) * 1000;
 
 	env->problem = options_problem(values, ForeignServerRelationId, &hint, &sqlstate);

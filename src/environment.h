@@ -9,6 +9,7 @@
 #include "nodes/pg_list.h"
 
 #include "http.h"
+#include "shape.h"
 
 typedef enum BulkFormat
 {
@@ -27,24 +28,43 @@ typedef struct Environment
 	int			max_attempts;
 	BulkFormat	bulk_format;
 	char	   *only_on;		/* NULL: any cluster */
+	Shape		shape;
+	int64		refresh_after;	/* seconds a profile is believed for */
 	uint64		fingerprint;	/* of endpoint and key: one per application */
 	char	   *problem;		/* why it cannot send, in words, or NULL */
 	char	   *problem_hint;
 } Environment;
 
-/* Where a session's direct calls go */
+/* Where changes go, and what becomes of them on the way into the queue */
 typedef struct EnvironmentRef
 {
 	Oid			serverid;
-	text	   *name;			/* lives until the server's name changes */
+	text	   *name;
+	Shape		shape;
+	bool		invalid_is_error;	/* a trigger's invalid row: no dead letter */
+	int64		refresh_after;	/* seconds a profile is believed for */
 } EnvironmentRef;
 
 /*
  * The server that userpilot.server names, for the current user: raises if
  * there is none or the user lacks USAGE.  Looked up once, then kept until
- * setting, role or catalog change.
+ * setting, role or catalog change; what lives longer than a call is to be
+ * copied.
  */
 extern const EnvironmentRef *environment_current(void);
+
+/* A server of ours, in CurrentMemoryContext */
+extern EnvironmentRef *environment_ref(Oid serverid);
+
+/*
+ * The server that triggers of this database send to unless they name one: as
+ * configuration file or ALTER DATABASE say, not a role or a session.
+ */
+extern char *environment_default_server(void);
+
+/* Whether a role may send through a server of ours, and if not, why */
+extern bool environment_may_use(const char *server, Oid roleid, Oid *serverid,
+								char **why);
 
 /* A server of ours by name that the current user owns; raises otherwise */
 extern Oid	environment_owned(const char *server);

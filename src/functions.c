@@ -23,6 +23,7 @@
 PG_FUNCTION_INFO_V1(userpilot_identify_company);
 PG_FUNCTION_INFO_V1(userpilot_identify_user);
 PG_FUNCTION_INFO_V1(userpilot_validator);
+PG_FUNCTION_INFO_V1(userpilot_cancel);
 PG_FUNCTION_INFO_V1(userpilot_invalidate);
 PG_FUNCTION_INFO_V1(userpilot_wake);
 
@@ -35,13 +36,13 @@ id_argument(FunctionCallInfo fcinfo, int n, const char *what)
 }
 
 static Jsonb *
-metadata_argument(FunctionCallInfo fcinfo, int n)
+metadata_argument(FunctionCallInfo fcinfo, int n, UserpilotKind kind, const Shape *shape)
 {
 	Jsonb	   *metadata;
 
 	if (PG_ARGISNULL(n))
 		return change_no_metadata();
-	metadata = PG_GETARG_JSONB_P(n);
+	metadata = shape_metadata(shape, kind, PG_GETARG_JSONB_P(n));
 	change_check_metadata(metadata);
 	return metadata;
 }
@@ -52,11 +53,12 @@ metadata_argument(FunctionCallInfo fcinfo, int n)
 Datum
 userpilot_identify_company(PG_FUNCTION_ARGS)
 {
+	const EnvironmentRef *server = environment_current();
 	QueueChange change = {.kind = USERPILOT_COMPANY};
 
-	change.server = environment_current()->name;
+	change.server = server->name;
 	change.entity_id = id_argument(fcinfo, 0, "company_id");
-	change.metadata = metadata_argument(fcinfo, 1);
+	change.metadata = metadata_argument(fcinfo, 1, change.kind, &server->shape);
 	queue_enqueue(&change, "userpilot_identify_company()");
 	PG_RETURN_VOID();
 }
@@ -68,11 +70,12 @@ userpilot_identify_company(PG_FUNCTION_ARGS)
 Datum
 userpilot_identify_user(PG_FUNCTION_ARGS)
 {
+	const EnvironmentRef *server = environment_current();
 	QueueChange change = {.kind = USERPILOT_USER};
 
-	change.server = environment_current()->name;
+	change.server = server->name;
 	change.entity_id = id_argument(fcinfo, 0, "user_id");
-	change.metadata = metadata_argument(fcinfo, 1);
+	change.metadata = metadata_argument(fcinfo, 1, change.kind, &server->shape);
 	if (!PG_ARGISNULL(2))
 		change.company_id = id_argument(fcinfo, 2, "company_id");
 	queue_enqueue(&change, "userpilot_identify_user()");
@@ -114,6 +117,37 @@ userpilot_invalidate(PG_FUNCTION_ARGS)
 							PG_ARGISNULL(1) ? NULL : PG_GETARG_TEXT_PP(1),
 							PG_ARGISNULL(2) ? NULL : PG_GETARG_TEXT_PP(2),
 							PG_ARGISNULL(3) ? NULL : &(TimestampTz) {PG_GETARG_TIMESTAMPTZ(3)});
+	sql_become_caller(&caller);
+	state_note_read_all();
+	PG_RETURN_INT64(n);
+}
+
+/*
+ * userpilot_cancel(batch) returns bigint: rows of a bulk SELECT taken back
+ */
+Datum
+userpilot_cancel(PG_FUNCTION_ARGS)
+{
+	int64		batch = PG_GETARG_INT64(0);
+	SqlCaller	caller;
+	char	   *server;
+	char	   *by;
+	bool		found;
+	uint64		n;
+
+	sql_become_owner(&caller);
+	found = queue_batch_find(batch, &server, &by);
+	sql_become_caller(&caller);
+	if (!found)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("there is no bulk SELECT " INT64_FORMAT, batch),
+				 errhint("SELECT id, statement, pending FROM userpilot_batches;")));
+	if (strcmp(by, GetUserNameFromId(GetUserId(), false)) != 0)
+		(void) environment_owned(server);
+	sql_become_owner(&caller);
+	profiles_lock_out_worker();
+	n = queue_batch_cancel(batch);
 	sql_become_caller(&caller);
 	state_note_read_all();
 	PG_RETURN_INT64(n);

@@ -16,10 +16,12 @@
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
+#include "utils/datetime.h"
 #include "utils/varlena.h"
 
 #include "http.h"
 #include "options.h"
+#include "shape.h"
 #include "userpilot.h"
 
 #define MAX_KEY_LENGTH 512
@@ -36,6 +38,8 @@ typedef enum OptionKind
 	KIND_PROXY,
 	KIND_PATH,
 	KIND_TEXT,
+	KIND_NAMES,
+	KIND_INTERVAL,
 	KIND_KEY
 } OptionKind;
 
@@ -46,7 +50,7 @@ typedef struct OptionDef
 	OptionKind	kind;
 	const char *superuser_only; /* if so, what others can do; else NULL */
 	const char *words[4];		/* of KIND_WORD, NULL-terminated */
-	int			initial;		/* of KIND_INTEGER, as are min and max */
+	int			initial;		/* of numbers and intervals (s), like the next */
 	int			min;
 	int			max;
 } OptionDef;
@@ -82,6 +86,21 @@ static const OptionDef option_defs[OPTION_COUNT] = {
 	0, 0, 0},
 	[OPTION_ONLY_ON] =
 	{"only_on", ForeignServerRelationId, KIND_TEXT, NULL, {NULL}, 0, 0, 0},
+	[OPTION_EXCLUDE_PROPERTIES] =
+	{"exclude_properties", ForeignServerRelationId, KIND_NAMES, NULL, {NULL},
+	0, 0, 0},
+	[OPTION_NESTED] =
+	{"nested", ForeignServerRelationId, KIND_WORD, NULL, {"error", "flatten"},
+	0, 0, 0},
+	[OPTION_USER_VALUES] =
+	{"user_values", ForeignServerRelationId, KIND_WORD, NULL,
+	{"primitives", "strings"}, 0, 0, 0},
+	[OPTION_ON_INVALID] =
+	{"on_invalid", ForeignServerRelationId, KIND_WORD, NULL,
+	{"dead_letter", "error"}, 0, 0, 0},
+	[OPTION_REFRESH_AFTER] =
+	{"refresh_after", ForeignServerRelationId, KIND_INTERVAL, NULL, {NULL},
+	30 * SECS_PER_DAY, 60, PG_INT32_MAX},
 	[OPTION_API_KEY] =
 	{"api_key", UserMappingRelationId, KIND_KEY, NULL, {NULL}, 0, 0, 0},
 	[OPTION_API_KEY_FILE] =
@@ -168,6 +187,40 @@ options_integer(OptionValues values, OptionId id)
 
 	if (values[id] != NULL)
 		(void) parse_integer(&option_defs[id], values[id], &result);
+	return result;
+}
+
+/* The value of an interval option in seconds; false if it is none in range */
+static bool
+parse_interval(const OptionDef *option, const char *value, int64 *result)
+{
+	char		buf[256];
+	char	   *field[MAXDATEFIELDS];
+	int			ftype[MAXDATEFIELDS];
+	int			nf;
+	int			dtype;
+	struct pg_itm_in itm;
+	double		seconds;
+
+	if (ParseDateTime(value, buf, sizeof(buf), field, ftype, MAXDATEFIELDS, &nf) != 0 ||
+		DecodeInterval(field, ftype, nf, INTERVAL_FULL_RANGE, &dtype, &itm) != 0 ||
+		dtype != DTK_DELTA)
+		return false;
+	seconds = itm.tm_usec / 1000000.0 + SECS_PER_DAY *
+		(itm.tm_mday + DAYS_PER_MONTH * (itm.tm_mon + MONTHS_PER_YEAR * (double) itm.tm_year));
+	if (seconds < option->min || seconds > option->max)
+		return false;
+	*result = (int64) seconds;
+	return true;
+}
+
+int64
+options_seconds(OptionValues values, OptionId id)
+{
+	int64		result = option_defs[id].initial;
+
+	if (values[id] != NULL)
+		(void) parse_interval(&option_defs[id], values[id], &result);
 	return result;
 }
 
@@ -315,6 +368,8 @@ static const char *
 value_problem(const OptionDef *option, const char *value, const char **hint)
 {
 	const char *problem;
+	char	  **names;
+	int64		seconds;
 	int			number;
 
 	*hint = NULL;
@@ -352,6 +407,15 @@ value_problem(const OptionDef *option, const char *value, const char **hint)
 				return NULL;
 			*hint = "Leave the option out instead.";
 			return "is empty";
+		case KIND_NAMES:
+			if (shape_names(value, &names) >= 0)
+				return NULL;
+			*hint = "Write names of properties, separated by commas: 'email, phone'.";
+			return "holds an empty name";
+		case KIND_INTERVAL:
+			if (!parse_interval(option, value, &seconds))
+				return wrong_value("an interval of a minute or more, such as '30 days'", value);
+			return NULL;
 		case KIND_KEY:
 			return options_key_problem(value, strlen(value), hint);
 	}

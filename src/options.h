@@ -24,6 +24,11 @@ typedef enum OptionId
 	OPTION_CA_FILE,
 	OPTION_PROXY,
 	OPTION_ONLY_ON,
+	OPTION_EXCLUDE_PROPERTIES,
+	OPTION_NESTED,
+	OPTION_USER_VALUES,
+	OPTION_ON_INVALID,
+	OPTION_REFRESH_AFTER,
 
 	/* of its user mapping */
 	OPTION_API_KEY,
@@ -55,6 +60,9 @@ extern int	options_integer(OptionValues values, OptionId id);
 
 /* Which of its words an option holds, from 0, or 0 if it is not given */
 extern int	options_word(OptionValues values, OptionId id);
+
+/* The value of an interval option, or its default, in seconds */
+extern int64 options_seconds(OptionValues values, OptionId id);
 
 /* Base URL of the API, once options_problem has found nothing */
 extern const char *options_endpoint(OptionValues values);

@@ -10,6 +10,67 @@
 
 #include "pending.h"
 
+/*
+ * An entity is called so often at most (API ms): the first change goes at
+ * once, and a thousand more within a second go with the next call.
+ */
+#define PACE_MS 2000
+
+void
+pending_init(Realtime *rt)
+{
+	rt->pending = entities_create(rt->context, 256, NULL);
+	for (int i = 0; i < 2; i++)
+	{
+		rt->called_context[i] = AllocSetContextCreate(rt->context, "userpilot calls",
+													  ALLOCSET_SMALL_SIZES);
+		rt->called[i] = entities_create(rt->called_context[i], 64, NULL);
+	}
+}
+
+/* Two tables take turns, so that what is old goes without being looked for */
+void
+pending_called(Realtime *rt, Pending *pending, int64 now)
+{
+	EntityKey	key = pending->key;
+	EntityEntry *entry;
+	MemoryContext old;
+	bool		found;
+
+	if (now - rt->called_since > PACE_MS)
+	{
+		MemoryContext context = rt->called_context[1];
+
+		rt->called[1] = rt->called[0];
+		rt->called_context[1] = rt->called_context[0];
+		MemoryContextReset(context);
+		rt->called_context[0] = context;
+		rt->called[0] = entities_create(context, 64, NULL);
+		rt->called_since = now;
+	}
+	old = MemoryContextSwitchTo(rt->called_context[0]);
+	key.id = pnstrdup(key.id, key.len);
+	entry = entities_insert(rt->called[0], key, &found);
+	if (!found)
+		entry->data = palloc(sizeof(int64));
+	*(int64 *) entry->data = now;
+	MemoryContextSwitchTo(old);
+}
+
+/* When an entity may be called again */
+static int64
+pace(const Realtime *rt, EntityKey key)
+{
+	for (int i = 0; i < 2; i++)
+	{
+		EntityEntry *entry = entities_lookup(rt->called[i], key);
+
+		if (entry != NULL)
+			return *(int64 *) entry->data + PACE_MS;
+	}
+	return 0;
+}
+
 Pending *
 pending_find(const Realtime *rt, EntityKey key)
 {
@@ -33,6 +94,7 @@ pending_create(Realtime *rt, EntityKey key)
 	pending->key = key;
 	pending->key.id = id;
 	pending->context = context;
+	pending->not_before = pace(rt, key);
 	pending->maxrows = 4;
 	pending->rows = MemoryContextAlloc(context, pending->maxrows * sizeof(QueueRow *));
 	entry = entities_insert(rt->pending, pending->key, &found);
@@ -117,5 +179,5 @@ pending_drop_sent(Realtime *rt, Pending *pending)
 	rt->rows -= pending->nsent;
 	pending->nrows = left;
 	pending->nprovisional = Max(pending->nprovisional - pending->nsent, 0);
-	pending_wait(rt, pending, 0);
+	pending_wait(rt, pending, pace(rt, pending->key));
 }

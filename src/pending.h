@@ -7,11 +7,15 @@
 
 #include "sender.h"
 
+extern void pending_init(Realtime *rt);
 extern Pending *pending_find(const Realtime *rt, EntityKey key);
 
 /* Adds a queue row to its entity, which is made if need be */
 extern Pending *pending_add(Realtime *rt, const QueueRow *row);
 extern void pending_free(Realtime *rt, Pending *pending);
+
+/* A call of it starts: the next one waits a while */
+extern void pending_called(Realtime *rt, Pending *pending, int64 now);
 
 /* Its body is no longer under way: back to waiting, what was sent unknown */
 extern void pending_wait(Realtime *rt, Pending *pending, int64 not_before);

@@ -293,12 +293,30 @@ text_array(Datum *elements, bool *nulls, int n, Oid type)
 	return PointerGetDatum(construct_md_array(elements, nulls, 1, dims, lbs, type, -1, false, TYPALIGN_INT));
 }
 
+/* Spread over the last quarter of the time, so that what was sent together
+ * does not all come back together */
+bool
+profiles_expired(EntityKey key, TimestampTz believed_since, int64 refresh_after)
+{
+	double		share = 0.75 + 0.25 * (entity_hash(key) / (double) PG_UINT32_MAX);
+
+	return GetCurrentTimestamp() - believed_since > share * refresh_after * USECS_PER_SEC;
+}
+
+static void
+forget_values(MergeEntity *entity)
+{
+	for (int i = 0; i < entity->nkeys; i++)
+		entity->keys[i].known = false;
+}
+
 void
-profiles_read(const char *server, Profile **profiles, int n)
+profiles_read(const char *server, int64 refresh_after, Profile **profiles, int n)
 {
 	static SqlStatement statement = SQL_STATEMENT(
 		/* OFFSET 0: one index look-up an id, whatever the statistics say */
-		"SELECT p.company_id, p.metadata, p.versions, p.attempts, p.synced_at IS NOT NULL, p.job, w.n::int"
+		"SELECT p.company_id, p.metadata, p.versions, p.attempts, p.synced_at IS NOT NULL, p.job, w.n::int,"
+		" p.believed_since"
 		" FROM pg_catalog.unnest($3) WITH ORDINALITY AS w(id, n), LATERAL"
 		" (SELECT * FROM @.userpilot_profiles"
 		"   WHERE server = $1 AND kind = $2 AND entity_id = w.id OFFSET 0) p",
@@ -321,10 +339,10 @@ profiles_read(const char *server, Profile **profiles, int n)
 		TupleDesc	desc = SPI_tuptable->tupdesc;
 		Profile    *profile;
 		MemoryContext old;
-		Datum		d[8];
-		bool		isnull[8];
+		Datum		d[9];
+		bool		isnull[9];
 
-		for (int c = 1; c <= 7; c++)
+		for (int c = 1; c <= 8; c++)
 			d[c] = SPI_getbinval(tuple, desc, c, &isnull[c]);
 		profile = profiles[DatumGetInt32(d[7]) - 1];
 		profile->attempts = DatumGetInt32(d[4]);
@@ -333,6 +351,8 @@ profiles_read(const char *server, Profile **profiles, int n)
 		old = MemoryContextSwitchTo(profile->context);
 		read_profile(profile->merge, DatumGetJsonbP(d[2]),
 					 isnull[1] ? NULL : DatumGetTextPP(d[1]), DatumGetJsonbP(d[3]));
+		if (!isnull[8] && profiles_expired(profile->key, DatumGetTimestampTz(d[8]), refresh_after))
+			forget_values(profile->merge);
 		MemoryContextSwitchTo(old);
 	}
 	SPI_freetuptable(SPI_tuptable);
@@ -360,7 +380,10 @@ write_group(const char *server, Profile **profiles, int n, ProfileStep step)
 		"  metadata = CASE WHEN $9 THEN p.metadata || excluded.metadata ELSE excluded.metadata END,"
 		"  versions = CASE WHEN $9 THEN p.versions ELSE excluded.versions END,"
 		"  attempts = excluded.attempts,"
-		"  synced_at = coalesce(excluded.synced_at, p.synced_at), job = excluded.job",
+		"  synced_at = coalesce(excluded.synced_at, p.synced_at), job = excluded.job,"
+		"  believed_since = CASE WHEN $9 THEN coalesce(p.believed_since, excluded.synced_at)"
+		"   WHEN excluded.metadata = '{}' AND excluded.company_id IS NULL THEN NULL"
+		"   ELSE p.believed_since END",
 		9, {TEXTOID, TEXTOID, TEXTARRAYOID, TEXTARRAYOID, JSONBARRAYOID, JSONBARRAYOID,
 			INT4ARRAYOID, INT8ARRAYOID, BOOLOID});
 	Datum	   *column[6];
@@ -438,6 +461,12 @@ profiles_lock(void)
 	LockRelationOid(sql_relid("userpilot_profiles"), RowExclusiveLock);
 }
 
+void
+profiles_lock_out_worker(void)
+{
+	LockRelationOid(sql_relid("userpilot_profiles"), ShareRowExclusiveLock);
+}
+
 /*
  * A key that becomes unknown keeps its version, so the entry without keys,
  * which is for known ones, gets their names.
@@ -447,7 +476,7 @@ profiles_invalidate(const char *server, text *kind, text *entity_id,
 					const TimestampTz *since)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"UPDATE @.userpilot_profiles p SET metadata = '{}', company_id = NULL, versions = coalesce(("
+		"UPDATE @.userpilot_profiles p SET metadata = '{}', company_id = NULL, believed_since = NULL, versions = coalesce(("
 		"  SELECT pg_catalog.jsonb_agg(CASE WHEN pg_catalog.jsonb_array_length(e) OPERATOR(pg_catalog.>) 3 THEN e"
 		"   ELSE e OPERATOR(pg_catalog.||) coalesce((SELECT pg_catalog.jsonb_agg(k)"
 		"     FROM pg_catalog.jsonb_object_keys(p.metadata) k WHERE NOT EXISTS ("
@@ -463,7 +492,7 @@ profiles_invalidate(const char *server, text *kind, text *entity_id,
 	char		nulls[5] = "    ";
 	Datum		args[4];
 
-	LockRelationOid(sql_relid("userpilot_profiles"), ShareRowExclusiveLock);
+	profiles_lock_out_worker();
 	args[0] = CStringGetTextDatum(server);
 	args[1] = PointerGetDatum(kind);
 	nulls[1] = kind ? ' ' : 'n';
@@ -498,7 +527,8 @@ profiles_learn_job(const char *server, UserpilotKind kind, int64 job)
 		" ON CONFLICT (server, kind, entity_id) DO UPDATE SET"
 		"  metadata = p.metadata || excluded.metadata,"
 		"  company_id = coalesce(excluded.company_id, p.company_id),"
-		"  attempts = 0, synced_at = excluded.synced_at, job = NULL"
+		"  attempts = 0, synced_at = excluded.synced_at, job = NULL,"
+		"  believed_since = coalesce(p.believed_since, excluded.synced_at)"
 		" WHERE p.job = $3",
 		3, {TEXTOID, TEXTOID, INT8OID});
 	Datum		args[3] = {CStringGetTextDatum(server),

@@ -29,8 +29,14 @@ typedef enum ProfileStep
 	PROFILE_LEARNED				/* ... and was acknowledged */
 } ProfileStep;
 
+/* Whether what was acknowledged then is no longer believed; refresh_after is
+ * in seconds */
+extern bool profiles_expired(EntityKey key, TimestampTz believed_since,
+							 int64 refresh_after);
+
 /* Reads the profiles of n entities of one kind into their merges */
-extern void profiles_read(const char *server, Profile **profiles, int n);
+extern void profiles_read(const char *server, int64 refresh_after,
+						  Profile **profiles, int n);
 
 /* Writes n of them; the merges must be marked or learned accordingly */
 extern void profiles_write(const char *server, Profile **profiles, int n,
@@ -50,6 +56,10 @@ extern uint64 profiles_invalidate(const char *server, text *kind, text *entity_i
 /* Before a step's snapshot: what it reads here no one makes unknown until it
  * has written it back */
 extern void profiles_lock(void);
+
+/* From a session, until its transaction ends: no step is under way, and none
+ * begins */
+extern void profiles_lock_out_worker(void);
 
 /* A bulk job was acknowledged in full: learn what its records say.  Both need
  * the job's records still to be there. */

@@ -64,6 +64,8 @@ typedef struct OpenQueue
 static OpenQueue open_queue = {0};
 static int	rows_in_transaction = 0;
 static bool queued_in_transaction = false;
+static CommandId queued_in = InvalidCommandId;
+static int	refused_in_transaction = 0;
 
 void
 queue_check_shape(Relation rel)
@@ -162,7 +164,9 @@ transaction_callback(XactEvent event, void *arg)
 	}
 	queue_batches_forget();
 	rows_in_transaction = 0;
+	refused_in_transaction = 0;
 	queued_in_transaction = false;
+	queued_in = InvalidCommandId;
 }
 
 static void
@@ -230,6 +234,7 @@ queue_begin(const char *command)
 		state_note_commit_wake();
 		queued_in_transaction = true;
 	}
+	queued_in = GetCurrentCommandId(true);
 }
 
 TupleDesc
@@ -283,4 +288,49 @@ bool
 queue_in_transaction(void)
 {
 	return queued_in_transaction;
+}
+
+bool
+queue_in_command(void)
+{
+	return queued_in == GetCurrentCommandId(false);
+}
+
+/*
+ * Its id is no number of the sequence, which would change the caller's
+ * lastval(), but negative, made of the transaction's.  Rows that are met again
+ * and again, at each synchronisation of a table, are not piled up.
+ */
+void
+queue_refuse(const QueueChange *change, const char *error)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"INSERT INTO @.userpilot_dead_letters (id, lsn, xid, enqueued_at, bulk, server, kind,"
+		" entity_id, company_id, metadata, error, attempts)"
+		" SELECT $1, $2, $3, pg_catalog.clock_timestamp(), false, $4, $5, $6, $7, $8, $9, 0"
+		" WHERE NOT EXISTS (SELECT FROM @.userpilot_dead_letters d"
+		"  WHERE d.server OPERATOR(pg_catalog.=) $4 AND d.kind OPERATOR(pg_catalog.=) $5"
+		"  AND d.entity_id OPERATOR(pg_catalog.=) $6 AND d.error OPERATOR(pg_catalog.=) $9"
+		"  AND (d.company_id OPERATOR(pg_catalog.=) $7 OR d.company_id IS NULL AND $7 IS NULL)"
+		"  AND d.metadata OPERATOR(pg_catalog.=) $8)",
+		9, {INT8OID, PG_LSNOID, XID8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, JSONBOID, TEXTOID});
+	FullTransactionId xid = GetTopFullTransactionId();
+	SqlCaller	caller;
+	Datum		args[9];
+	char		nulls[10] = "         ";
+
+	args[0] = Int64GetDatum(-(int64) (U64FromFullTransactionId(xid) * 1000000 +
+									  ++refused_in_transaction));
+	args[1] = LSNGetDatum(GetXLogInsertRecPtr());
+	args[2] = FullTransactionIdGetDatum(xid);
+	args[3] = PointerGetDatum(change->server);
+	args[4] = PointerGetDatum(queue_kind_text(change->kind));
+	args[5] = PointerGetDatum(change->entity_id);
+	args[6] = PointerGetDatum(change->company_id);
+	nulls[6] = change->company_id == NULL ? 'n' : ' ';
+	args[7] = PointerGetDatum(change->metadata);
+	args[8] = CStringGetTextDatum(error);
+	sql_become_owner(&caller);
+	(void) sql_execute(&statement, args, nulls, false);
+	sql_become_caller(&caller);
 }

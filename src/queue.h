@@ -35,12 +35,23 @@ typedef struct QueueBatch QueueBatch;
 
 extern QueueBatch *queue_batch_open(text *server, UserpilotKind kind,
 									const char *command);
-extern text *queue_batch_server(const QueueBatch *batch);
+
+/* Counts rows that were not queued */
+extern void queue_batch_note(QueueBatch *batch, int64 unchanged, int64 invalid);
 extern void queue_batch_add(QueueBatch *batch, const QueueChange *change);
 extern void queue_batch_flush(QueueBatch *batch);
 
-/* Whether this transaction has queued anything */
+/* A bulk SELECT on record; and taken back, but for entities under way */
+extern bool queue_batch_find(int64 id, char **server, char **by);
+extern uint64 queue_batch_cancel(int64 id);
+
+/* A change that can never be sent: a dead letter, once for the same */
+extern void queue_refuse(const QueueChange *change, const char *error);
+
+/* Whether this transaction has queued anything; whether its present command
+ * has, which no snapshot shows yet */
 extern bool queue_in_transaction(void);
+extern bool queue_in_command(void);
 
 /* The transaction callbacks, from _PG_init */
 extern void queue_register(void);
@@ -86,6 +97,9 @@ extern QueueRow *queue_row_copy(const QueueRow *row);
 
 /* Bulk SELECTs that rows of the queue may belong to */
 extern void queue_batches(const char *server, MergeBatches *batches);
+
+/* How many of their rows are left, in the order of batches->batch */
+extern void queue_batches_progress(const MergeBatches *batches, const int64 *pending);
 
 /* Folds a row into an entity */
 extern void queue_fold(MergeEntity *entity, const MergeBatches *batches,

@@ -52,6 +52,8 @@ typedef struct BatchRecord
 	XLogRecPtr	lsn;
 	TimestampTz at;
 	int64		rows;
+	int64		unchanged;
+	int64		invalid;
 	text	   *statement;
 	text	   *by;
 	SubTransactionId subtransaction;
@@ -129,10 +131,11 @@ check_subtransaction(const QueueBatch *batch)
 				 errhint("Run it as one statement, or fetch from its cursor without savepoints in between.")));
 }
 
-text *
-queue_batch_server(const QueueBatch *batch)
+void
+queue_batch_note(QueueBatch *batch, int64 unchanged, int64 invalid)
 {
-	return batch->record->server;
+	batch->record->unchanged += unchanged;
+	batch->record->invalid += invalid;
 }
 
 static TupleTableSlot *
@@ -198,6 +201,9 @@ insert_record(ResultRelInfo *rri, EState *estate, TupleTableSlot *slot,
 		LSNGetDatum(record->lsn),
 		FullTransactionIdGetDatum(GetTopFullTransactionId()),
 		Int64GetDatum(record->rows),
+		Int64GetDatum(record->unchanged),
+		Int64GetDatum(record->invalid),
+		Int64GetDatum(record->rows),	/* pending */
 		PointerGetDatum(record->statement),
 		TimestampTzGetDatum(record->at),
 		PointerGetDatum(record->by)
@@ -237,7 +243,7 @@ queue_batches_record(void)
 	{
 		const BatchRecord *record = lfirst(lc);
 
-		if (record->rows > 0)
+		if (record->rows + record->unchanged + record->invalid > 0)
 			insert_record(rri, estate, slot, record);
 	}
 	ExecDropSingleTupleTableSlot(slot);
@@ -275,4 +281,41 @@ queue_batches_subtransaction(bool commit, SubTransactionId me, SubTransactionId 
 			records = foreach_delete_current(records, lc);
 		}
 	}
+}
+
+/* ----------------------------------------------------- those on record */
+
+bool
+queue_batch_find(int64 id, char **server, char **by)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"SELECT server, by FROM @.userpilot_batches WHERE id OPERATOR(pg_catalog.=) $1", 1, {INT8OID});
+	Datum		args[1] = {Int64GetDatum(id)};
+	int			n = sql_execute(&statement, args, NULL, false);
+
+	if (n > 0)
+	{
+		*server = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);
+		*by = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2);
+	}
+	return n > 0;
+}
+
+uint64
+queue_batch_cancel(int64 id)
+{
+	static SqlStatement rows = SQL_STATEMENT(
+		"DELETE FROM @.userpilot_queue q WHERE q.batch OPERATOR(pg_catalog.=) $1 AND NOT EXISTS ("
+		" SELECT FROM @.userpilot_profiles p WHERE p.server OPERATOR(pg_catalog.=) q.server"
+		"  AND p.kind OPERATOR(pg_catalog.=) q.kind AND p.entity_id OPERATOR(pg_catalog.=) q.entity_id"
+		"  AND (p.job IS NOT NULL OR p.attempts OPERATOR(pg_catalog.>) 0))", 1, {INT8OID});
+	static SqlStatement record = SQL_STATEMENT(
+		"UPDATE @.userpilot_batches SET pending ="
+		" (SELECT pg_catalog.count(*) FROM @.userpilot_queue WHERE batch OPERATOR(pg_catalog.=) $1)"
+		" WHERE id OPERATOR(pg_catalog.=) $1", 1, {INT8OID});
+	Datum		args[1] = {Int64GetDatum(id)};
+	uint64		n = sql_execute(&rows, args, NULL, false);
+
+	(void) sql_execute(&record, args, NULL, false);
+	return n;
 }

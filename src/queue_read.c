@@ -261,6 +261,28 @@ queue_batches(const char *server, MergeBatches *batches)
 	merge_batches_init(batches, list, n);
 }
 
+void
+queue_batches_progress(const MergeBatches *batches, const int64 *pending)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"UPDATE @.userpilot_batches b SET pending = v.pending"
+		" FROM unnest($1, $2) AS v(id, pending)"
+		" WHERE b.id = v.id AND b.pending <> v.pending",
+		2, {INT8ARRAYOID, INT8ARRAYOID});
+	Datum	   *ids = palloc(Max(batches->n, 1) * sizeof(Datum));
+	Datum	   *counts = palloc(Max(batches->n, 1) * sizeof(Datum));
+	Datum		args[2];
+
+	for (int i = 0; i < batches->n; i++)
+	{
+		ids[i] = Int64GetDatum(batches->batch[i].id);
+		counts[i] = Int64GetDatum(pending[i]);
+	}
+	args[0] = PointerGetDatum(construct_array(ids, batches->n, INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	args[1] = PointerGetDatum(construct_array(counts, batches->n, INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	(void) sql_execute(&statement, args, NULL, false);
+}
+
 /*
  * A batch row whose bulk SELECT is not on record (its row was deleted by
  * hand) counts as a direct change at its position.

@@ -35,7 +35,7 @@ realtime_init(Sender *sender)
 
 	rt->context = AllocSetContextCreate(sender->context, "userpilot real time",
 										ALLOCSET_DEFAULT_SIZES);
-	rt->pending = entities_create(rt->context, 256, NULL);
+	pending_init(rt);
 	dlist_init(&rt->waiting);
 	dlist_init(&rt->ready);
 	dlist_init(&rt->calling);
@@ -237,7 +237,7 @@ merge_chosen(Sender *sender, Pending **chosen, int n, UserpilotKind kind)
 		p->nsent = p->nrows;
 		profiles[nprofiles++] = &p->profile;
 	}
-	profiles_read(sender->env->server, profiles, nprofiles);
+	profiles_read(sender->env->server, sender->env->refresh_after, profiles, nprofiles);
 }
 
 /* Deletes the sent rows of entities */
@@ -418,7 +418,10 @@ realtime_start(Sender *sender, int64 now)
 		dlist_push_tail(&rt->calling, &pending->node);
 		if (api_identify(sender->http, &sender->env->target, pending->key.kind,
 						 &pending->body, call, &error))
+		{
+			pending_called(rt, pending, now);
 			continue;
+		}
 
 		/* it never left: as if the network had refused it */
 		quota_calls_return(pending->application, 1);

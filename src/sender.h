@@ -67,6 +67,9 @@ typedef struct Realtime
 	Lane		lane;
 	MemoryContext context;
 	entities_hash *pending;
+	entities_hash *called[2];	/* entities called lately, and before that */
+	MemoryContext called_context[2];
+	int64		called_since;	/* when the first of them was begun */
 	dlist_head	waiting;
 	dlist_head	ready;
 	dlist_head	calling;

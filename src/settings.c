@@ -26,6 +26,24 @@ static const struct config_enum_entry log_requests_values[] = {
 	{NULL, 0, false}
 };
 
+/* userpilot.server as the configuration file has it, whatever database, role
+ * or session say */
+static char cluster_server[NAMEDATALEN] = "userpilot";
+
+static bool
+check_server(char **newval, void **extra, GucSource source)
+{
+	if (source <= PGC_S_ARGV && *newval != NULL)
+		strlcpy(cluster_server, *newval, sizeof(cluster_server));
+	return true;
+}
+
+const char *
+settings_cluster_server(void)
+{
+	return cluster_server;
+}
+
 /* What must be fixed before shared memory is laid out */
 static void
 define_startup_settings(void)
@@ -52,7 +70,7 @@ settings_define(void)
 	DefineCustomStringVariable("userpilot.server",
 							   "Foreign server that direct calls of the userpilot functions go to.",
 							   NULL, &userpilot_server, "userpilot",
-							   PGC_USERSET, 0, NULL, NULL, NULL);
+							   PGC_USERSET, 0, check_server, NULL, NULL);
 	DefineCustomBoolVariable("userpilot.deliver",
 							 "Whether this cluster sends anything to Userpilot.",
 							 "Off keeps everything queued; for copies of a production cluster.",

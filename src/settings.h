@@ -20,6 +20,9 @@ extern int	userpilot_retention_rows;	/* userpilot.retention_rows */
 extern int	userpilot_max_databases;	/* userpilot.max_databases */
 extern double userpilot_time_scale; /* userpilot.time_scale */
 
+/* userpilot.server as the configuration file has it */
+extern const char *settings_cluster_server(void);
+
 extern void settings_define(void);
 
 #endif

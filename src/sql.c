@@ -8,6 +8,7 @@
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
+#include "utils/memutils.h"
 
 #include "environment.h"
 #include "sql.h"
@@ -76,6 +77,41 @@ sql_execute(SqlStatement *statement, Datum *args, const char *nulls, bool read_o
 	if (rc < 0)
 		elog(ERROR, "SPI_execute_plan failed: %s", SPI_result_code_string(rc));
 	return (int) SPI_processed;
+}
+
+#define FETCH_ROWS 500
+
+void
+sql_read_rows(const char *query, void (*handler) (HeapTuple tuple, void *arg), void *arg)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	MemoryContext per_row = AllocSetContextCreate(caller, "userpilot row", ALLOCSET_DEFAULT_SIZES);
+	SPIPlanPtr	plan = SPI_prepare(query, 0, NULL);
+	Portal		portal;
+
+	if (plan == NULL)
+		elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
+	portal = SPI_cursor_open(NULL, plan, NULL, NULL, true);
+	for (uint64 n = 1; n > 0;)
+	{
+		SPITupleTable *rows;
+
+		SPI_cursor_fetch(portal, true, FETCH_ROWS);
+		/* the handler may use SPI itself */
+		rows = SPI_tuptable;
+		n = SPI_processed;
+		MemoryContextSwitchTo(per_row);
+		for (uint64 i = 0; i < n; i++)
+		{
+			CHECK_FOR_INTERRUPTS();
+			handler(rows->vals[i], arg);
+			MemoryContextReset(per_row);
+		}
+		SPI_freetuptable(rows);
+	}
+	SPI_cursor_close(portal);
+	MemoryContextSwitchTo(caller);
+	MemoryContextDelete(per_row);
 }
 
 int64

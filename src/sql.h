@@ -44,6 +44,13 @@ extern void sql_end_call(void);
 extern int	sql_execute(SqlStatement *statement, Datum *args, const char *nulls,
 						bool read_only);
 
+/*
+ * Rows of any query, as the active snapshot shows them, a few hundred in
+ * memory at a time; the handler's memory goes after each.
+ */
+extern void sql_read_rows(const char *query, void (*handler) (HeapTuple tuple, void *arg),
+						  void *arg);
+
 /* Who the current user was before sql_become_owner */
 typedef struct SqlCaller
 {

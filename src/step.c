@@ -87,9 +87,11 @@ step_end(bool durable)
 	SetUserIdAndSecContext(step_user, step_sec_context);
 	if (!durable)
 		commit_setting("off");
-	else if (synchronous_commit < SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
-		commit_setting("local");
+	else if (synchronous_commit < SYNCHRONOUS_COMMIT_REMOTE_FLUSH)
+		commit_setting("on");
 	CommitTransactionCommand();
+	/* whoever was told to end while it waited for a standby */
+	CHECK_FOR_INTERRUPTS();
 	MemoryContextReset(step_context);
 	MemoryContextSwitchTo(step_context);
 }

@@ -69,6 +69,7 @@ typedef struct Sweep
 	BlockNumber next_start;
 	int			positions;
 	bool		solo_seen;
+	int64	   *pending;		/* rows left of each bulk SELECT */
 
 	/* the job being written */
 	StringInfoData chunk;
@@ -105,6 +106,16 @@ takes_into_job(Sweep *sweep, const QueueRow *row)
 		return false;
 	}
 	return true;
+}
+
+static void
+count_batch(Sweep *sweep, int64 batch, int rows)
+{
+	const MergeBatches *batches = &sweep->sender->bulk.batches;
+	const MergeBatch *found = batch ? merge_batches_find(batches, batch) : NULL;
+
+	if (found != NULL)
+		sweep->pending[found - batches->batch] += rows;
 }
 
 /* Whether, and as what, a row's entity is taken along */
@@ -177,6 +188,7 @@ add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 	}
 	swept->rows[swept->nrows].tid = row->tid;
 	swept->rows[swept->nrows].lsn = row->lsn;
+	swept->rows[swept->nrows].batch = row->batch;
 	swept->rows[swept->nrows].entity_id = swept->profile.key.id;
 	swept->rows[swept->nrows].entity_len = swept->profile.key.len;
 	swept->nrows++;
@@ -195,6 +207,7 @@ sweep_row(const QueueRow *row, void *arg)
 	SweepSort	sort;
 
 	sender->counted[row->kind][row->bulk]++;
+	count_batch(sweep, row->batch, 1);
 	if (sender->oldest == 0 || row->enqueued_at < sender->oldest)
 		sender->oldest = row->enqueued_at;
 
@@ -222,7 +235,8 @@ read_profiles(Sweep *sweep)
 				group[n++] = &sweep->swept[i]->profile;
 			if (n == GROUP || i == sweep->nswept - 1)
 			{
-				profiles_read(sweep->sender->env->server, group, n);
+				profiles_read(sweep->sender->env->server,
+							  sweep->sender->env->refresh_after, group, n);
 				n = 0;
 			}
 		}
@@ -375,6 +389,8 @@ finish_nothing(Sweep *sweep, Swept **nothing, int n)
 	for (int i = 0; i < n; i++)
 	{
 		memcpy(rows + total, nothing[i]->rows, nothing[i]->nrows * sizeof(QueueRow));
+		for (int r = 0; r < nothing[i]->nrows; r++)
+			count_batch(sweep, nothing[i]->rows[r].batch, -1);
 		total += nothing[i]->nrows;
 	}
 	for (int kind = 0; kind < USERPILOT_KINDS; kind++)
@@ -502,6 +518,7 @@ bulk_prepare(Sender *sender)
 	memset(sender->counted, 0, sizeof(sender->counted));
 	sender->oldest = 0;
 	reload_batches(sender);
+	sweep.pending = palloc0(Max(bulk->batches.n, 1) * sizeof(int64));
 
 	queue_sweep(sender->env->server, bulk->position, sweep_row, &sweep);
 	read_profiles(&sweep);
@@ -509,6 +526,7 @@ bulk_prepare(Sender *sender)
 	if (bulk->flying != NULL)
 		finish_job(&sweep);
 	forget_finished(&sweep);
+	queue_batches_progress(&bulk->batches, sweep.pending);
 	bulk->position = sweep.left_out ? sweep.next_start : 0;
 	bulk->dirty = sweep.left_out;
 

@@ -393,6 +393,8 @@ static void
 start_up(Oid database)
 {
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	/* cancelling a commit's wait for a standby would let a body leave */
+	pqsignal(SIGINT, SIG_IGN);
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);

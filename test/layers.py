@@ -18,25 +18,28 @@ LAYERS = [
     # what all may know
     [["compat"], ["userpilot"]],
     # each alone: settings, keys of entities, pure decisions, the network
-    [["settings"], ["entities"], ["merge"], ["delivery"], ["change"],
+    [["settings"], ["entities"], ["merge"], ["delivery"], ["change"], ["shape"],
      ["http", "http_transfer", "http_url"]],
     # made of one of those
     [["clock"], ["payload"], ["api"], ["options"]],
     # limits, in shared memory; what the catalog says of a server
     [["quota"], ["environment"]],
-    # slots, in shared memory; SQL in the extension's own schema
-    [["state"], ["sql"]],
+    # slots, in shared memory; SQL in the extension's own schema; rows of
+    # a table as its trigger maps them
+    [["state"], ["sql"], ["mapping"]],
     # one table, or a few that belong together, each; environment_enabled is
     # of environment.h, but reads a table
     [["queue", "queue_table", "queue_batch", "queue_read"], ["jobs"],
      ["profiles"], ["history"], ["ledger"], ["environment_enabled"]],
+    # many rows of one caller, judged by what several of those tables say
+    [["intake", "known"]],
     # the lanes of one server
     [["step"],
      ["sender", "realtime", "pending", "bulk", "bulk_job", "bulk_answers",
       "sweep"]],
     # entry points
     [["worker"], ["functions"], ["aggregates"], ["triggers"],
-     ["procedures"]],
+     ["sync"], ["procedures"]],
     [["launcher"]],
     [["userpilot.c"]],
 ]

@@ -32,6 +32,8 @@ Control, on the same port, without a key, in JSON:
          whose client has left meanwhile never are)
   POST   /_/foreign_job  {"seconds": S, "filename": F}   occupies the slot
   POST   /_/finish_jobs                  ends the running job at once
+  POST   /_/away  {"seconds": S, "silent": false}   all connections close, and
+         for S real seconds new ones are refused, or not even that; state stays
 
 A fault rule is {"match": M, "skip": N, "times": N, "probability": P, "do": D};
 only "do" is required.  M has any of "method" (equal), "path" and "body"
@@ -47,8 +49,20 @@ probability.  The first rule that acts wins.  D is one of
   {"truncate": true}           applied; the answer ends early
   {"garbage": true}            applied; the body is no JSON, nor even UTF-8
   {"oversized": MB}            applied; a huge body
-  {"drip": BYTES}              applied; the answer at BYTES a second
+  {"drip": BYTES}              applied; the answer at BYTES a second; with
+                               "body": true its head at once
   {"content_type": "text/html"}  applied; an HTML page under the usual status
+  {"reset": "headers"|"body"}  applied; the connection is reset within those
+  {"endless": "headers"|"body"}  applied; those do not end
+  {"interim": N}               applied; N interim answers (102) come first
+  {"chunked": true}            applied; the answer in chunks of a byte
+  {"http10": true}             applied; answered in HTTP/1.0, no length given
+  {"gzip": MB}                 applied; so much, compressed a thousand times
+  {"raw": "..."}               applied; exactly these bytes, then closed
+  {"away": S, "silent": false}  applied and answered, and nobody can connect
+                               for S real seconds: see POST /_/away
+  {"cut": BYTES}               not applied; reset after so much of the
+                               request's body was read ("body" matches nothing)
 
 or, for the next job accepted, whatever else happens to its request, one of
 
@@ -65,14 +79,17 @@ import argparse
 import base64
 import collections
 import functools
+import gzip
 import json
 import os
 import random
 import re
 import select
 import signal
+import socket
 import socketserver
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -82,8 +99,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 
 MIB = 1024 * 1024
-MAX_BODY = 50 * MIB
-MAX_FORM = 64 * 1024            # what a multipart form may add to its file
+MAX_BODY = 50 * 1000 * 1000     # 50 MB at its smallest, framing included
 MAX_RECORDS = 10000
 MAX_PROPERTIES = 500
 MAX_NAME = 255
@@ -103,6 +119,14 @@ ROUTES = {
     "/v1/users/bulk_identify": ("POST", "bulk", USERS),
     JOBS_PATH: ("GET", "list", None),
 }
+OTHER = (None, "other", None)
+
+
+def route_of(target):
+    """(route, job id) of a path."""
+    if target.startswith(JOBS_PATH + "/"):
+        return ("GET", "poll", None), target[len(JOBS_PATH) + 1:]
+    return ROUTES.get(target, OTHER), None
 
 
 class Refusal(Exception):
@@ -292,8 +316,6 @@ def read_upload(content_type, raw):
         raise Refusal(400, "the form's part must be named file")
     if not names[0][1]:
         raise Refusal(400, "the part named file has no filename")
-    if len(contents) > MAX_BODY:
-        raise Refusal(413, "the file is larger than 50 MB")
     return names[0][1].replace("%22", '"'), contents
 
 
@@ -518,8 +540,11 @@ ACTIONS = {                     # action: (type of its value, other fields)
     "status_after": (int, {"headers": dict, "body": str}),
     "hang": (NUMBER, {"apply": bool}), "drop": (str, {}),
     "truncate": (bool, {}), "garbage": (bool, {}),
-    "oversized": (NUMBER, {}), "drip": (NUMBER, {}),
-    "content_type": (str, {}),
+    "oversized": (NUMBER, {"chunked": bool}), "drip": (NUMBER, {"body": bool}),
+    "content_type": (str, {}), "reset": (str, {}), "endless": (str, {}),
+    "interim": (int, {}), "chunked": (bool, {}), "http10": (bool, {}),
+    "gzip": (NUMBER, {}), "raw": (str, {}), "away": (NUMBER, {"silent": bool}),
+    "cut": (int, {}),
     "job": (str, {"rows": int, "status": str, "factor": NUMBER}),
 }
 JOB_FAULTS = {                  # its own field and that field's default
@@ -540,6 +565,8 @@ class Fault:
         demand(not match.keys() - {"method", "path", "body"}, match)
         self.spec = spec
         self.do = check_action(spec["do"])
+        self.stage = ("job" if "job" in self.do else
+                      "cut" if "cut" in self.do else "answer")
         self.method = match.get("method")
         self.path = re.compile(match.get("path", ""))
         self.body = re.compile(match.get("body", "").encode(), re.DOTALL)
@@ -572,8 +599,9 @@ def demand(condition, what):
 def check_action(do):
     """What a rule does, with defaults filled in; ValueError if unknown."""
     actions = do.keys() & ACTIONS.keys()
-    if "job" in do:             # a job's "status" is no action
-        actions = {"job"}
+    for first in ("job", "oversized"):  # another action's name as a field
+        if first in do:
+            actions = {first}
     demand(len(actions) == 1, do)
     action = actions.pop()
     form, others = ACTIONS[action]
@@ -583,6 +611,10 @@ def check_action(do):
                and isinstance(value, others[name]), do)
     if action == "drop":
         demand(do["drop"] in ("before", "after"), do)
+    if action in ("reset", "endless"):
+        demand(do[action] in ("headers", "body"), do)
+    if action == "gzip":
+        bomb(do["gzip"])        # takes a while
     if action == "job":
         demand(do["job"] in JOB_FAULTS, do)
         if JOB_FAULTS[do["job"]]:
@@ -607,6 +639,7 @@ class Api:
         self.lock = threading.Lock()
         self.running = threading.Event()
         self.epoch = 0          # hangs of an earlier epoch end
+        self.go_away = None     # set by the server
         self.prefix = os.urandom(9)
         self.serial = 0
         self.connections = {"open": 0, "max": 0, "total": 0}
@@ -655,10 +688,12 @@ class Api:
                 self.current = None
         return now
 
-    def pick_fault(self, req, for_job=False):
-        """What the script says about this request, or None.  Lock held."""
+    def pick_fault(self, req, stage="answer"):
+        """What the script says about this request when its body is about to
+        be read ("cut"), it is to be answered or makes a job, or None.  Lock
+        held."""
         for fault in self.faults:
-            if ("job" in fault.do) == for_job and fault.acts(req):
+            if fault.stage == stage and fault.acts(req):
                 self.totals["faults"] += 1
                 return fault.do
         return None
@@ -689,18 +724,13 @@ class Api:
     def admit(self, req):
         """(kind, job id) of a request whose line and headers are in order;
         sets its call."""
-        argument = None
-        route = ROUTES.get(req.target)
-        if route is None and req.target.startswith(JOBS_PATH + "/"):
-            route = ("GET", "poll", None)
-            argument = req.target[len(JOBS_PATH) + 1:]
-        if route is not None:
-            req.call = route[1]
+        route, argument = route_of(req.target)
+        req.call = route[1]
         if req.problem:
             raise req.problem
         if "?" in req.target or "#" in req.target:
             raise Refusal(400, "no query string is known here")
-        if route is None:
+        if route is OTHER:
             raise Refusal(404, "no such path")
         if req.method != route[0]:
             raise Refusal(405, "the method is " + route[0],
@@ -769,7 +799,7 @@ class Api:
                 raise Refusal(409, "another job is in progress", wrong=False)
             if not apply:
                 return 202, b""
-            fault = self.pick_fault(req, for_job=True)
+            fault = self.pick_fault(req, "job")
             job = self.add_job(req.kind, filename, size, rows, now,
                                fault=fault, request_id=req.id)
             self.totals["bulk_records"] += len(rows)
@@ -925,6 +955,11 @@ def post_finish_jobs(api, argument):
     return {"finished": 1}
 
 
+def post_away(api, argument):
+    api.go_away(argument["seconds"], argument.get("silent", False))
+    return {}
+
+
 CONTROL = {
     ("GET", "/_/state"): get_state, ("GET", "/_/history"): get_history,
     ("GET", "/_/counters"): get_counters, ("GET", "/_/jobs"): get_jobs,
@@ -933,6 +968,7 @@ CONTROL = {
     ("POST", "/_/config"): post_config,
     ("POST", "/_/foreign_job"): post_foreign_job,
     ("POST", "/_/finish_jobs"): post_finish_jobs,
+    ("POST", "/_/away"): post_away,
 }
 
 
@@ -970,8 +1006,10 @@ class Connection(socketserver.StreamRequestHandler):
                                                        server_side=True)
         super().setup()
         self.api = self.server.api
+        self.server.clients[threading.get_ident()] = self.request
 
     def finish(self):
+        self.server.clients.pop(threading.get_ident(), None)
         if self.counted:
             with self.api.lock:
                 self.api.connections["open"] -= 1
@@ -997,6 +1035,8 @@ class Connection(socketserver.StreamRequestHandler):
         req = Request()
         try:
             self.read_head(req, line)
+            if self.cut(req):
+                return False
             self.read_body(req)
         except Refusal as refusal:
             req.problem = refusal
@@ -1063,11 +1103,8 @@ class Connection(socketserver.StreamRequestHandler):
         if not re.fullmatch(r"[0-9]{1,12}", length):
             raise Refusal(400, "Content-Length is no number")
         length = int(length)
-        limit = MAX_BODY
-        if headers.get("content-type", "").lower().startswith("multipart/"):
-            limit += MAX_FORM
         expects = headers.get("expect", "").lower() == "100-continue"
-        if length > limit:
+        if length > MAX_BODY:
             if not expects:     # or the client would never see the answer
                 self.skip(length)
             raise Refusal(413, "the body is larger than 50 MB")
@@ -1076,6 +1113,28 @@ class Connection(socketserver.StreamRequestHandler):
         req.body = self.rfile.read(length)
         if len(req.body) < length:
             raise EOFError
+
+    def cut(self, req):
+        """Whether the script has the connection reset within the body."""
+        if req.target.startswith("/_/"):
+            return False
+        with self.api.lock:
+            do = self.api.pick_fault(req, "cut")
+            req.call = route_of(req.target)[0][1]
+            if do and req.call == "identify":
+                self.api.window.add(self.api.clock.now())
+        if do is None:
+            return False
+        self.rfile.read(do["cut"])
+        self.api.note(req, "none")
+        self.reset()
+        return True
+
+    def reset(self):
+        """The connection will end with a reset."""
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                struct.pack("ii", 1, 0))
+        self.request.close()
 
     def skip(self, length):
         while length > 0:
@@ -1130,21 +1189,74 @@ class Connection(socketserver.StreamRequestHandler):
             return False
         if "oversized" in do:
             body = b'{"padding":"%s"}' % (b"x" * int(do["oversized"] * MIB))
+        if "gzip" in do:
+            headers = {**headers, "content-encoding": "gzip"}
+            body = bomb(do["gzip"])
+        if "raw" in do:
+            self.request.sendall(do["raw"].encode("latin-1"))
+            return False
+        if "endless" in do:
+            return self.endless(req, do["endless"], status, headers)
         if "garbage" in do:
             body = b"\x00\xff\xfe{]" + os.urandom(40)
         if "content_type" in do:
             headers = {**headers, "content-type": do["content_type"]}
             body = b"<!DOCTYPE html><html><body>Please wait</body></html>"
+        if "chunked" in do:
+            headers = {**headers, "content-length": None,
+                       "transfer-encoding": "chunked"}
+            step = MIB if "oversized" in do else 1
+            body = b"".join([b"%x\r\n%s\r\n" % (len(body[i:i + step]),
+                                                 body[i:i + step])
+                             for i in range(0, len(body), step)]
+                            ) + b"0\r\n\r\n"
+        if "http10" in do:
+            headers = {**headers, "content-length": None,
+                       "connection": "close"}
+            answer = self.pack(req, status, headers, body)
+            self.request.sendall(answer.replace(b"/1.1", b"/1.0", 1))
+            return False
+        if "reset" in do:
+            missing = {**headers, "content-length": str(len(body) + 100)}
+            answer = self.pack(req, status, missing, body)
+            if do["reset"] == "headers":
+                answer = answer[:answer.index(b"\r\n") + 20]
+            self.request.sendall(answer)
+            self.reset()
+            return False
         if "truncate" in do:
             missing = {**headers, "content-length": str(len(body) + 100)}
             self.request.sendall(self.pack(req, status, missing, body))
             return False
         answer = self.pack(req, status, headers, body)
+        if "interim" in do:
+            answer = b"HTTP/1.1 102 Processing\r\n\r\n" * do["interim"] + answer
+        if "away" in do:
+            self.api.go_away(do["away"], do.get("silent", False))
         if "drip" in do:
-            self.drip(answer, do["drip"])
+            head = answer.index(b"\r\n\r\n") + 4 if do.get("body") else 0
+            self.request.sendall(answer[:head])
+            self.drip(answer[head:], do["drip"])
         else:
             self.request.sendall(answer)
-        return True
+        return "away" not in do
+
+    def endless(self, req, what, status, headers):
+        """Sends headers or body until the client leaves, or the script is
+        dropped."""
+        epoch, sent = self.api.epoch, 0
+        headers = {**headers, "content-length": None,
+                   "transfer-encoding": "chunked"}
+        answer = self.pack(req, status, headers, b"")
+        part = b"10000\r\n%s\r\n" % (b"x" * 65536)
+        if what == "headers":
+            answer = answer[:-2]
+            part = b"x-more: %s\r\n" % (b"x" * 1000)
+        self.request.sendall(answer)
+        while self.api.epoch == epoch and sent < 4096 * MIB:
+            self.request.sendall(part)
+            sent += len(part)
+        return False
 
     def hang(self, seconds):
         """Waits, at most until the script is dropped; false if the client
@@ -1175,9 +1287,16 @@ class Connection(socketserver.StreamRequestHandler):
         if req.id:
             lines["x-request-id"] = req.id
         lines.update(headers)
-        head = "".join(["%s: %s\r\n" % line for line in lines.items()])
+        head = "".join(["%s: %s\r\n" % line for line in lines.items()
+                        if line[1] is not None])
         return ("HTTP/1.1 %d %s\r\n%s\r\n" % (status, phrase, head)
                 ).encode("latin-1") + body
+
+
+@functools.lru_cache(maxsize=2)
+def bomb(size):
+    """JSON of so many MB, compressed."""
+    return gzip.compress(b'{"padding":"%s"}' % (b"x" * int(size * MIB)))
 
 
 @functools.lru_cache(maxsize=2)
@@ -1195,7 +1314,57 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, port, api, tls=None):
         self.api = api
         self.tls = tls
+        self.clients = {}       # sockets by thread
+        self.absence = None     # (seconds, silent) asked for
+        self.gone = threading.Event()
+        api.go_away = self.go_away
         super().__init__(("127.0.0.1", port), Connection)
+
+    def serve(self):
+        """Serves for ever, but for absences."""
+        while True:
+            self.serve_forever(0.05)
+            seconds, silent = self.absence
+            self.socket.close()
+            self.socket = socket.socket()
+            self.server_bind()
+            crowd = self.crowd() if silent else []
+            self.gone.set()
+            time.sleep(seconds)
+            self.server_activate()
+            for sock in crowd:
+                sock.close()
+            self.gone.clear()
+            self.absence = None
+
+    def crowd(self):
+        """Fills the queue of connections, so that further ones get no answer
+        at all; returns what fills it."""
+        crowd = []
+        self.socket.listen(0)
+        while len(crowd) < 8:
+            sock = socket.socket()
+            sock.settimeout(0.1)
+            crowd.append(sock)
+            try:
+                sock.connect(self.server_address)
+            except socket.timeout:
+                break
+        return crowd
+
+    def go_away(self, seconds, silent):
+        """Returns when nobody can connect any more; for so many seconds."""
+        if self.absence is not None:
+            return
+        self.absence = (seconds, silent)
+        self.shutdown()
+        self.gone.wait(10)
+        for thread, sock in list(self.clients.items()):
+            if thread != threading.get_ident():
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass        # it has just ended
 
     def handle_error(self, request, client_address):
         """Says nothing about a client that left or failed its handshake."""
@@ -1262,7 +1431,7 @@ def main():
         os.replace(arguments.port_file + ".new", arguments.port_file)
     print(port, flush=True)
     try:
-        server.serve_forever()
+        server.serve()
     except KeyboardInterrupt:
         pass
 

@@ -5,6 +5,7 @@ Runs standin.py as the other tests do, as a process, and speaks to it over raw
 sockets, because a client library would not send most of what is refused.
 To run: python3 test/test_standin.py
 """
+import gzip
 import http.client
 import json
 import os
@@ -52,6 +53,9 @@ def form(content, name="file", filename='; filename="up.ndjson"', parts=1):
             b"\r\n" % (name.encode(), filename.encode(), content))
     return ({"Content-Type": "multipart/form-data; boundary=XX"},
             part * parts + b"--XX--\r\n")
+
+
+FRAMING = len(form(b"")[1])
 
 
 class Base(unittest.TestCase):
@@ -190,8 +194,8 @@ class Strictness(Base):
         head("Accept", "application/json;q=0", 406)
         head("Content-Length", None, 411)
         head("Content-Length", "many", 400)
-        head("Content-Length", str(52428801), 413,
-             body=b"x" * 52428801, reason="50 MB")
+        head("Content-Length", str(50000001), 413,
+             body=b"x" * 50000001, reason="50 MB")
         head("Transfer-Encoding", "chunked", 411)
         head("Host", None, 400)
         head("X-API-Version", None, 400, USER, {"user_id": "a"})
@@ -301,7 +305,7 @@ class Strictness(Base):
                 (400, "filename", form(line, filename="")),
                 (400, "filename", form(line, filename='; filename=""')),
                 (400, "one part", form(line, parts=2)),
-                (413, "50 MB", form(b" " * 52428801)),
+                (413, "50 MB", form(b" " * (50000001 - FRAMING))),
                 (400, "boundary", ({"Content-Type": "multipart/form-data"},
                                    form(line)[1])),
                 (400, "framed", (form(line)[0], line)),
@@ -320,7 +324,7 @@ class Strictness(Base):
                                              "metadata": metadata})[0], 200)
         self.control("POST", "config", {"records_per_minute": 10 ** 9})
         self.assertEqual(self.submit(10000)["total_rows"], 10000)
-        headers, body = form(b'{"company_id":"b"}' + b" " * 52428782)
+        headers, body = form(b'{"company_id":"b"}' + b" " * (50000000 - 18 - FRAMING))
         self.control("POST", "finish_jobs")
         status, _, body = self.send(BULK_COMPANIES, body, headers=headers)
         self.assertEqual(status, 202, body)
@@ -680,6 +684,94 @@ class Faults(Base):
                          (200, "text/html"))
         self.assertTrue(body.startswith(b"<!DOCTYPE"))
         self.assertEqual(self.metadata(), {"n": 1})
+
+    def test_reset(self):
+        for where in ("headers", "body"):
+            self.fault({"reset": where})
+            with self.assertRaises(ConnectionResetError):
+                self.send(COMPANY, self.body)
+            self.assertEqual(self.metadata(), {"n": 1})
+
+    def test_endless(self):
+        for where, least in (("headers", 200000), ("body", 3 << 20)):
+            self.fault({"endless": where})
+            with self.connect() as sock:
+                sock.sendall(request_bytes("POST", COMPANY, self.body))
+                got = b""
+                while len(got) < least:
+                    got += sock.recv(65536)
+            self.assertEqual(b"\r\n\r\n" in got, where == "body")
+            self.assertTrue(got.startswith(b"HTTP/1.1 200 OK\r\n"))
+
+    def test_interim(self):
+        self.fault({"interim": 3})
+        with self.connect() as sock:
+            sock.sendall(request_bytes("POST", COMPANY, self.body))
+            got = b""
+            while b" 200 " not in got:
+                got += sock.recv(65536)
+        self.assertEqual(got.count(b"HTTP/1.1 102 "), 3)
+
+    def test_framings(self):
+        path = JOBS + "/none"
+        for do in ({"chunked": True}, {"http10": True},
+                   {"drip": 2000, "body": True}):
+            self.fault(do)
+            status, headers, body = self.send(path, method="GET")
+            self.assertEqual((status, json.loads(body)["errors"][0]["error"]),
+                             (404, "Not Found"))
+            self.assertEqual("Content-Length" in headers
+                             or "content-length" in headers, "drip" in do)
+        self.fault({"http10": True})
+        self.assertTrue(self.until_closed().startswith(b"HTTP/1.0 200 "))
+        self.fault({"oversized": 3, "chunked": True})
+        self.assertGreater(len(self.send(path, method="GET")[2]), 3 << 20)
+
+    def test_gzip(self):
+        self.fault({"gzip": 3})
+        _, headers, body = self.send(COMPANY, self.body)
+        self.assertEqual(headers["content-encoding"], "gzip")
+        self.assertLess(len(body), 100000)
+        self.assertGreater(len(gzip.decompress(body)), 3 << 20)
+
+    def test_raw(self):
+        self.fault({"raw": "HTTP/1.1 2\u00ff\r\n"})
+        self.assertEqual(self.until_closed(), b"HTTP/1.1 2\xff\r\n")
+        self.assertEqual(self.metadata(), {"n": 1})
+
+    def test_cut(self):
+        self.fault({"cut": 5}, match={"path": COMPANY})
+        with self.assertRaises(ConnectionResetError):
+            self.send(COMPANY, {**self.body, "metadata": {"n": "x" * 99999}})
+        self.assertIsNone(self.metadata())
+        self.assertEqual(self.counters()["max_identify_per_minute"], 1)
+        self.assertEqual(self.send(COMPANY, self.body)[0], 200)
+
+    def away(self, silent):
+        """Whether a connection is refused or silence; then it is there."""
+        with self.assertRaises(socket.timeout if silent
+                               else ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", self.port), 0.1)
+        for _ in range(100):
+            try:
+                return self.metadata()
+            except OSError:
+                time.sleep(0.05)
+        self.fail("it did not come back")
+
+    def test_away(self):
+        for silent in (False, True):
+            with self.connect() as kept:
+                kept.sendall(request_bytes("POST", COMPANY, self.body))
+                self.assertEqual(self.read(kept)[0], 200)
+                self.control("POST", "away", {"seconds": 0.5,
+                                              "silent": silent})
+                kept.settimeout(5)
+                self.assertEqual(kept.recv(1), b"")
+            self.assertEqual(self.away(silent), {"n": 1})
+            self.fault({"away": 0.5, "silent": silent})
+            self.assertEqual(self.send(COMPANY, self.body)[0], 200)
+            self.assertEqual(self.away(silent), {"n": 1})
 
     def test_match_skip_times_probability(self):
         self.control("POST", "faults", [

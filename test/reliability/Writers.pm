@@ -48,6 +48,16 @@ my @transactions = (
 	  . ' UPDATE accounts SET version = version + 1000 WHERE id = %1$d; ROLLBACK TO s; COMMIT',
 	'BEGIN; UPDATE people SET version = version + 1000 WHERE id = %d; ROLLBACK');
 
+# ... and of what is sent once only, or flips; one time in five many at once
+my @once = (
+	('INSERT INTO once (value) SELECT %d FROM generate_series(1, 3)') x 2,
+	'INSERT INTO once (value) SELECT %d FROM generate_series(1, 120 * (random() < 0.2)::int)',
+	'WITH new AS (INSERT INTO once_in_bulk (value)'
+	  . ' SELECT %d FROM generate_series(1, 50 * (random() < 0.2)::int) RETURNING id, value)'
+	  . q{ SELECT userpilot_bulk_identify_companies(id, jsonb_build_object('value', value)) FROM new},
+	(q{UPDATE plans SET plan = translate(plan, 'ab', 'ba') WHERE id = %d}) x 2,
+	q{UPDATE plans SET plan = translate(plan, 'ab', 'ba') WHERE id %% 2 = %d %% 2});
+
 my @writers;
 
 # A byte here for every five transactions
@@ -62,6 +72,7 @@ sub _write
 	my @psql   = ($node->installed_command('psql'), '-X', '-q', '-v', 'ON_ERROR_STOP=1',
 		'-d', $node->connstr('postgres'));
 
+	push @transactions, @once if with_once();
 	$ENV{PGOPTIONS} = $conf;
 	local $SIG{TERM} = sub { $stop = 1; };
 	open(STDOUT, '>', '/dev/null') or die $!;

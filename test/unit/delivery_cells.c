@@ -288,7 +288,7 @@ test_names(void)
  */
 static void
 test_backoff(const char *name, int64 (*backoff) (int, double),
-			 int64 max, double low)
+			 int64 max, double low, double high)
 {
 	static const int odd[] = {INT_MIN, -1, 0, 31, 32, 63, 64, 65, 1000, INT_MAX};
 	bool		passes = true;
@@ -303,8 +303,8 @@ test_backoff(const char *name, int64 (*backoff) (int, double),
 		int64		most = backoff(n, 0.999999);
 
 		passes = passes && least == (int64) (base * low) &&
-			least <= half && half <= most &&
-			most < base && most >= base - base / 1000 - 1 && most >= before;
+			least <= half && half <= most && most >= before &&
+			most < base * high && most >= base * high - base / 1000 - 1;
 		before = most;
 		base = base * 2 > max ? max : base * 2;
 	}
@@ -313,7 +313,8 @@ test_backoff(const char *name, int64 (*backoff) (int, double),
 		int64		most = backoff(odd[n], 0.999999);
 
 		passes = passes && most >= 0 &&
-			(odd[n] > 1 ? most >= max - max / 1000 - 1 && most < max : most < 1000);
+			(odd[n] > 1 ? most >= max * high - max / 1000 - 1 && most < max * high :
+			 most < 1000 * high);
 	}
 	check(passes, name);
 }
@@ -397,11 +398,11 @@ main(void)
 	test_decisions();
 	test_names();
 	test_backoff("an entity backs off 1 s to 10 min, full jitter",
-				 delivery_entity_backoff, 600000, 0.0);
+				 delivery_entity_backoff, 600000, 0.0, 1.0);
 	test_backoff("a throttled lane backs off 1 s to 60 s, half fixed",
-				 delivery_throttle_backoff, 60000, 0.5);
-	test_backoff("probes of an outage back off 1 s to 60 s, half fixed",
-				 delivery_outage_backoff, 60000, 0.5);
+				 delivery_throttle_backoff, 60000, 0.5, 1.0);
+	test_backoff("probes of an outage back off 1 s to 60 s at least",
+				 delivery_outage_backoff, 60000, 1.0, 1.5);
 	test_jobs();
 	test_job_end();
 	printf("1..%d\n", ntests);

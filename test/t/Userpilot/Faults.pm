@@ -72,22 +72,25 @@ my %change = (
 
 =over
 
-=item set_up($name)
+=item set_up($name, $timeout)
 
-Starts stand-in and cluster, and creates a table of 30 companies.
+Starts stand-in and cluster, and creates a table of 30 companies.  Calls may
+take a second, or as many as are given.
 
 =cut
 
 sub set_up
 {
-	my ($name) = @_;
+	my ($name, $timeout) = @_;
+
+	$timeout //= 1;
 
 	# the rare probe of a paused server, every 15 minutes, comes soon
 	$Userpilot::SCALE = 600;
 	$api  = Userpilot::StandIn->new;
 	$node = new_node($name);
 	create_environment($node, 'postgres', $api,
-		options => "timeout '1', max_attempts '4'");
+		options => "timeout '$timeout', max_attempts '4'");
 	sql(q{
 		CREATE TABLE accounts (id int PRIMARY KEY, version int NOT NULL);
 		CREATE VIEW account_meta AS
@@ -163,11 +166,12 @@ sub jobs_said
 
 =pod
 
-=item survives($name, $do, $path, $lane, $outcome, times => N)
+=item survives($name, $do, $path, $lane, $outcome, times => N, at => PATH)
 
-Changes all rows while a rule of the stand-in is in force; tests that the rule
-acted, that the request log names the outcome for that path, that nothing died
-and that all has arrived.
+Changes all rows while a rule of the stand-in is in force, for that path or the
+one given as "at"; tests that the rule acted, that the request log names the
+outcome for that path, that nothing died and that all has arrived.  A rule may
+be a sub to call instead.
 
 =back
 
@@ -177,15 +181,18 @@ sub survives
 {
 	my ($name, $do, $path, $lane, $outcome, %rule) = @_;
 
+	my $at = delete $rule{at} // $path;
+
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	forget($node, 'postgres', 'requests', 'jobs');
-	$api->fault($do, match => { path => $path }, %rule);
+	ref $do eq 'CODE' ? $do->() : $api->fault($do, match => { path => $at }, %rule);
 	change($lane);
 	delivered($node, 'postgres');
 
-	cmp_ok($api->fault_hits, '>=', 1, "$name: it happened");
+	cmp_ok(ref $do eq 'CODE' || $api->fault_hits, '>=', 1, "$name: it happened");
 	$api->no_faults;
-	like(outcomes($node, 'postgres', $path), $outcome, '... and was logged for what it is');
+	like(outcomes($node, 'postgres', $path), $outcome, '... and was logged for what it is')
+	  or diag($name);
 	until_true(
 		'jobs are over and payloads dropped',
 		sub {

@@ -1,0 +1,140 @@
+/*
+ * intake.c
+ *	  Many rows of one caller: bulk aggregates, previews, whole tables.
+ *
+ * Rows are gathered a few hundred at a time, so that looking up what
+ * Userpilot has, and writing to the queue, are set up once for all of them,
+ * and nothing stays open between two rows: a cursor may never come back.
+ */
+#include "postgres.h"
+
+#include "miscadmin.h"
+#include "utils/datum.h"
+#include "utils/memutils.h"
+
+#include "intake.h"
+#include "known.h"
+
+#define GROUP_ROWS 500
+#define GROUP_BYTES (1024 * 1024)
+
+struct Intake
+{
+	EnvironmentRef server;
+	UserpilotKind kind;
+	QueueBatch *batch;			/* NULL: a preview */
+	Known	   *known;			/* NULL: nothing may be left out */
+	MemoryContext context;		/* what the gathered rows point to */
+	int			n;
+	Size		bytes;
+	QueueChange changes[GROUP_ROWS];
+	IntakeCounts *counts[GROUP_ROWS];
+};
+
+Intake *
+intake_open(const EnvironmentRef *server, UserpilotKind kind, const char *command)
+{
+	Intake	   *intake = palloc0(sizeof(Intake));
+	bool		judged = true;
+
+	intake->server = *server;
+	intake->server.name = (text *) DatumGetPointer(datumCopy(PointerGetDatum(server->name),
+															 false, -1));
+	intake->kind = kind;
+	intake->context = AllocSetContextCreate(CurrentMemoryContext, "userpilot intake",
+											ALLOCSET_DEFAULT_SIZES);
+	if (command != NULL)
+	{
+		judged = known_may_leave_out(server, kind) && !queue_in_command();
+		intake->batch = queue_batch_open(intake->server.name, kind, command);
+	}
+	if (judged)
+		intake->known = known_open(&intake->server, kind);
+	return intake;
+}
+
+const EnvironmentRef *
+intake_server(const Intake *intake)
+{
+	return &intake->server;
+}
+
+static text *
+copy_text(text *value)
+{
+	return value ? (text *) DatumGetPointer(datumCopy(PointerGetDatum(value), false, -1)) : NULL;
+}
+
+void
+intake_add(Intake *intake, const QueueChange *change, IntakeCounts *counts)
+{
+	QueueChange *copy = &intake->changes[intake->n];
+	MemoryContext old;
+
+	counts->rows++;
+	if (intake->known == NULL)
+	{
+		QueueChange row = *change;
+
+		row.server = intake->server.name;
+		counts->changed++;
+		queue_batch_add(intake->batch, &row);
+		return;
+	}
+	old = MemoryContextSwitchTo(intake->context);
+	copy->server = intake->server.name;
+	copy->kind = change->kind;
+	copy->entity_id = copy_text(change->entity_id);
+	copy->company_id = copy_text(change->company_id);
+	copy->metadata = (Jsonb *) copy_text((text *) change->metadata);
+	MemoryContextSwitchTo(old);
+	intake->counts[intake->n++] = counts;
+	intake->bytes += VARSIZE_ANY(copy->metadata);
+	if (intake->n == GROUP_ROWS || intake->bytes >= GROUP_BYTES)
+		intake_flush(intake);
+}
+
+void
+intake_refuse(Intake *intake, const QueueChange *change, const char *error,
+			  IntakeCounts *counts)
+{
+	counts->rows++;
+	counts->invalid++;
+	if (intake->batch != NULL)
+	{
+		QueueChange row = *change;
+
+		row.server = intake->server.name;
+		queue_refuse(&row, error);
+		queue_batch_note(intake->batch, 0, 1);
+	}
+}
+
+void
+intake_flush(Intake *intake)
+{
+	KnownVerdict verdicts[GROUP_ROWS];
+	int64		unchanged = 0;
+
+	if (intake->n > 0)
+		known_judge(intake->known, intake->changes, intake->n, verdicts);
+	for (int i = 0; i < intake->n; i++)
+	{
+		IntakeCounts *counts = intake->counts[i];
+
+		counts->fresh += verdicts[i] == KNOWN_NEW;
+		counts->changed += verdicts[i] == KNOWN_CHANGED;
+		counts->unchanged += verdicts[i] == KNOWN_UNCHANGED;
+		unchanged += verdicts[i] == KNOWN_UNCHANGED;
+		if (intake->batch != NULL && verdicts[i] != KNOWN_UNCHANGED)
+			queue_batch_add(intake->batch, &intake->changes[i]);
+	}
+	intake->n = 0;
+	intake->bytes = 0;
+	MemoryContextReset(intake->context);
+	if (intake->batch != NULL)
+	{
+		queue_batch_note(intake->batch, unchanged, 0);
+		queue_batch_flush(intake->batch);
+	}
+}

@@ -1,0 +1,332 @@
+/*
+ * known.c
+ *	  What a bulk SELECT may leave out because Userpilot has it.
+ *
+ * A row is left out if its entity's profile says the same of each of its keys
+ * and nothing of the entity is queued, dead or under way: what is on its way
+ * could still overwrite the value that the profile shows.
+ *
+ * Leaving a row out leaves no trace, so an older bulk SELECT that comes to an
+ * end later would not be known to be older.  Therefore nothing is left out
+ * while one may be there: an open transaction that has queued a bulk SELECT
+ * (each announces itself by a lock), or any snapshot that is older than ours,
+ * since its owner may still begin one.  Such snapshots are waited for, but
+ * briefly; if they stay, all is queued, and the worker leaves it out instead.
+ *
+ * Tables are read through the access methods: a look-up costs a microsecond,
+ * and callers need no privilege on them.
+ */
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "access/stratnum.h"
+#include "access/table.h"
+#include "access/tableam.h"
+#include "catalog/pg_collation.h"
+#include "miscadmin.h"
+#include "storage/bufmgr.h"
+#include "storage/lmgr.h"
+#include "storage/lock.h"
+#include "storage/proc.h"
+#include "storage/procarray.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/lsyscache.h"
+#include "utils/numeric.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "known.h"
+#include "profiles.h"
+#include "queue_table.h"
+#include "sql.h"
+
+/* How long older snapshots are waited for (ms) */
+#define PATIENCE_MS 200
+
+/* More entities under way than this are not remembered one by one */
+#define MAX_UNDER_WAY 2000000
+
+typedef struct UnderWay
+{
+	uint64		hash;
+	char		status;
+} UnderWay;
+
+#define SH_PREFIX underway
+#define SH_ELEMENT_TYPE UnderWay
+#define SH_KEY_TYPE uint64
+#define SH_KEY hash
+#define SH_HASH_KEY(tb, key) ((uint32) (key))
+#define SH_EQUAL(tb, a, b) ((a) == (b))
+#define SH_SCOPE static inline pg_attribute_unused()
+#define SH_DECLARE
+#define SH_DEFINE
+#include "lib/simplehash.h"
+
+/* Columns of userpilot_profiles, by name */
+typedef enum ProfileColumn
+{
+	COLUMN_COMPANY,
+	COLUMN_METADATA,
+	COLUMN_ATTEMPTS,
+	COLUMN_SYNCED,
+	COLUMN_BELIEVED,
+	COLUMN_JOB,
+	NCOLUMNS
+} ProfileColumn;
+
+static const char *const column_names[NCOLUMNS] = {
+	"company_id", "metadata", "attempts", "synced_at", "believed_since", "job"
+};
+
+struct Known
+{
+	text	   *server;
+	UserpilotKind kind;
+	int64		refresh_after;
+	underway_hash *underway;
+	bool		all_underway;	/* too many to remember */
+	AttrNumber	columns[NCOLUMNS];
+};
+
+/* -------------------------------------------------------- may it be done */
+
+static bool
+wait_for(const VirtualTransactionId *vxids, int n, TimestampTz deadline)
+{
+	for (int i = 0; i < n; i++)
+	{
+		while (!VirtualXactLock(vxids[i], false))
+		{
+			CHECK_FOR_INTERRUPTS();
+			if (GetCurrentTimestamp() >= deadline)
+				return false;
+			pg_usleep(1000);
+		}
+	}
+	return true;
+}
+
+bool
+known_may_leave_out(const EnvironmentRef *server, UserpilotKind kind)
+{
+	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), PATIENCE_MS);
+	VirtualTransactionId *vxids;
+	LOCKTAG		tag;
+	int			n;
+
+	/* shared with no other use of the lock: nobody else locks such an object */
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, sql_relid("userpilot_batches"),
+					   server->serverid, kind);
+	(void) LockAcquire(&tag, RowExclusiveLock, false, false);
+
+	vxids = GetCurrentVirtualXIDs(GetActiveSnapshot()->xmin, true, false,
+								  PROC_IS_AUTOVACUUM | PROC_IN_VACUUM, &n);
+	if (!wait_for(vxids, n, deadline))
+		return false;
+	(void) GetLockConflicts(&tag, ShareLock, &n);
+	return n == 0;
+}
+
+/* ----------------------------------------------------- what is under way */
+
+static uint64
+hash_id(text *id)
+{
+	return hash_bytes_extended((const unsigned char *) VARDATA_ANY(id),
+							   VARSIZE_ANY_EXHDR(id), 0);
+}
+
+static bool
+text_is(Datum value, const char *str, Size len)
+{
+	text	   *value_text = DatumGetTextPP(value);
+
+	return VARSIZE_ANY_EXHDR(value_text) == len && memcmp(VARDATA_ANY(value_text), str, len) == 0;
+}
+
+/* Notes the entities of a table that are this server's and of this kind */
+static void
+note_under_way(Known *known, const char *table, Snapshot snapshot)
+{
+	Relation	rel = table_open(sql_relid(table), AccessShareLock);
+	AttrNumber	server = get_attnum(RelationGetRelid(rel), "server");
+	AttrNumber	kind = get_attnum(RelationGetRelid(rel), "kind");
+	AttrNumber	entity = get_attnum(RelationGetRelid(rel), "entity_id");
+	const char *kind_name = userpilot_kind_name(known->kind);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	TableScanDesc scan = table_beginscan(rel, snapshot, 0, NULL);
+	bool		found;
+	bool		isnull;
+
+	while (!known->all_underway && table_scan_getnextslot(scan, ForwardScanDirection, slot))
+	{
+		CHECK_FOR_INTERRUPTS();
+		if (!text_is(slot_getattr(slot, kind, &isnull), kind_name, strlen(kind_name)) ||
+			!text_is(slot_getattr(slot, server, &isnull), VARDATA_ANY(known->server),
+					 VARSIZE_ANY_EXHDR(known->server)))
+			continue;
+		(void) underway_insert(known->underway,
+							   hash_id(DatumGetTextPP(slot_getattr(slot, entity, &isnull))),
+							   &found);
+		known->all_underway = known->underway->members > MAX_UNDER_WAY;
+	}
+	table_endscan(scan);
+	ExecDropSingleTupleTableSlot(slot);
+	table_close(rel, NoLock);
+}
+
+Known *
+known_open(const EnvironmentRef *server, UserpilotKind kind)
+{
+	Known	   *known = palloc0(sizeof(Known));
+	Oid			profiles = sql_relid("userpilot_profiles");
+	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
+
+	known->server = server->name;
+	known->kind = kind;
+	known->refresh_after = server->refresh_after;
+	known->underway = underway_create(CurrentMemoryContext, 256, NULL);
+	for (int i = 0; i < NCOLUMNS; i++)
+	{
+		known->columns[i] = get_attnum(profiles, column_names[i]);
+		if (known->columns[i] == InvalidAttrNumber)
+			ereport(ERROR,
+					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					 errmsg("userpilot_profiles has no column \"%s\"", column_names[i]),
+					 errhint("Update the extension with ALTER EXTENSION userpilot UPDATE, or reconnect if the library is older.")));
+	}
+	note_under_way(known, "userpilot_queue", snapshot);
+	note_under_way(known, "userpilot_dead_letters", snapshot);
+	UnregisterSnapshot(snapshot);
+	return known;
+}
+
+/* ---------------------------------------------------------------- judging */
+
+static bool
+same_scalar(const JsonbValue *a, const JsonbValue *b)
+{
+	if (a->type != b->type)
+		return false;
+	switch (a->type)
+	{
+		case jbvNull:
+			return true;
+		case jbvBool:
+			return a->val.boolean == b->val.boolean;
+		case jbvNumeric:
+			return DatumGetBool(DirectFunctionCall2(numeric_eq,
+													NumericGetDatum(a->val.numeric),
+													NumericGetDatum(b->val.numeric)));
+		case jbvString:
+			return a->val.string.len == b->val.string.len &&
+				memcmp(a->val.string.val, b->val.string.val, a->val.string.len) == 0;
+		default:
+			return false;
+	}
+}
+
+/* Whether each key of one is in the other, with the same value */
+static bool
+contained(Jsonb *metadata, Jsonb *profile)
+{
+	JsonbIterator *it;
+	JsonbValue	name;
+	JsonbValue	value;
+
+	if (VARSIZE(metadata) == VARSIZE(profile) &&
+		memcmp(metadata, profile, VARSIZE(metadata)) == 0)
+		return true;
+	if (JB_ROOT_COUNT(metadata) > JB_ROOT_COUNT(profile))
+		return false;
+	it = JsonbIteratorInit(&metadata->root);
+	(void) JsonbIteratorNext(&it, &name, false);
+	while (JsonbIteratorNext(&it, &name, true) == WJB_KEY)
+	{
+		JsonbValue	buf;
+		JsonbValue *other = getKeyJsonValueFromContainer(&profile->root, name.val.string.val,
+														 name.val.string.len, &buf);
+
+		(void) JsonbIteratorNext(&it, &value, true);
+		if (other == NULL || !same_scalar(&value, other))
+			return false;
+	}
+	return true;
+}
+
+static bool
+same_company(const QueueChange *change, Datum company, bool isnull)
+{
+	if (change->company_id == NULL)
+		return true;
+	return !isnull && text_is(company, VARDATA_ANY(change->company_id),
+							  VARSIZE_ANY_EXHDR(change->company_id));
+}
+
+static KnownVerdict
+judge(const Known *known, const QueueChange *change, TupleTableSlot *slot)
+{
+	EntityKey	key = {known->kind, VARSIZE_ANY_EXHDR(change->entity_id),
+	VARDATA_ANY(change->entity_id)};
+	Datum		d[NCOLUMNS];
+	bool		isnull[NCOLUMNS];
+	Jsonb	   *metadata;
+	bool		same;
+
+	for (int i = 0; i < NCOLUMNS; i++)
+		d[i] = slot_getattr(slot, known->columns[i], &isnull[i]);
+	if (isnull[COLUMN_SYNCED])
+		return KNOWN_NEW;
+	if (!isnull[COLUMN_JOB] || DatumGetInt32(d[COLUMN_ATTEMPTS]) > 0 ||
+		(!isnull[COLUMN_BELIEVED] &&
+		 profiles_expired(key, DatumGetTimestampTz(d[COLUMN_BELIEVED]), known->refresh_after)) ||
+		!same_company(change, d[COLUMN_COMPANY], isnull[COLUMN_COMPANY]))
+		return KNOWN_CHANGED;
+	metadata = DatumGetJsonbP(d[COLUMN_METADATA]);
+	same = contained(change->metadata, metadata);
+	if ((Pointer) metadata != DatumGetPointer(d[COLUMN_METADATA]))
+		pfree(metadata);
+	return same ? KNOWN_UNCHANGED : KNOWN_CHANGED;
+}
+
+static void
+text_key(ScanKey key, AttrNumber attribute, text *value)
+{
+	ScanKeyEntryInitialize(key, 0, attribute, BTEqualStrategyNumber, InvalidOid,
+						   C_COLLATION_OID, F_TEXTEQ, PointerGetDatum(value));
+}
+
+void
+known_judge(Known *known, const QueueChange *changes, int n, KnownVerdict *verdicts)
+{
+	Relation	rel = table_open(sql_relid("userpilot_profiles"), AccessShareLock);
+	Relation	index = index_open(sql_relid("userpilot_profiles_pkey"), AccessShareLock);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
+	IndexScanDesc scan = compat_index_beginscan(rel, index, snapshot, 3);
+	ScanKeyData keys[3];
+
+	text_key(&keys[0], 1, known->server);
+	text_key(&keys[1], 2, queue_kind_text(known->kind));
+	for (int i = 0; i < n; i++)
+	{
+		CHECK_FOR_INTERRUPTS();
+		text_key(&keys[2], 3, changes[i].entity_id);
+		index_rescan(scan, keys, 3, NULL, 0);
+		verdicts[i] = KNOWN_NEW;
+		if (index_getnext_slot(scan, ForwardScanDirection, slot))
+			verdicts[i] = judge(known, &changes[i], slot);
+		if (verdicts[i] == KNOWN_UNCHANGED &&
+			(known->all_underway || underway_lookup(known->underway, hash_id(changes[i].entity_id))))
+			verdicts[i] = KNOWN_CHANGED;
+	}
+	index_endscan(scan);
+	UnregisterSnapshot(snapshot);
+	ExecDropSingleTupleTableSlot(slot);
+	index_close(index, NoLock);
+	table_close(rel, NoLock);
+}

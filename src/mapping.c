@@ -1,0 +1,502 @@
+/*
+ * mapping.c
+ *	  What the arguments of a trigger say of its table, and rows as JSON.
+ *
+ * A value looks the same whatever a session has set: what is at Userpilot
+ * must not depend on who changed a row.  Dates and times are written by core's
+ * JSON encoder, timestamptz in UTC; types with an output of their own run with
+ * their settings pinned.
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "common/shortest_dec.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/date.h"
+#include "utils/datetime.h"
+#include "utils/datum.h"
+#include "utils/guc.h"
+#include "utils/json.h"
+#include "utils/jsonfuncs.h"
+#include "utils/lsyscache.h"
+#include "utils/numeric.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "environment.h"
+#include "mapping.h"
+
+#define COMPANY_PROPERTY "company_id"
+#define SERVER_ARGUMENT "server="
+
+static const char *const function_names[USERPILOT_KINDS] = {
+	[USERPILOT_COMPANY] = "userpilot_company_trigger",
+	[USERPILOT_USER] = "userpilot_user_trigger"
+};
+
+bool
+mapping_is_ours(const Trigger *trigger, UserpilotKind *kind)
+{
+	char	   *name = get_func_name(trigger->tgfoid);
+
+	if (name == NULL || get_func_namespace(trigger->tgfoid) != environment_schema())
+		return false;
+	for (int i = 0; i < USERPILOT_KINDS; i++)
+	{
+		if (strcmp(name, function_names[i]) == 0)
+		{
+			*kind = (UserpilotKind) i;
+			return true;
+		}
+	}
+	return false;
+}
+
+/* ------------------------------------------------------------- arguments */
+
+static void
+complain(Mapping *mapping, char *problem)
+{
+	mapping->problems = lappend(mapping->problems, problem);
+}
+
+static AttrNumber
+find_column(TupleDesc desc, const char *name)
+{
+	for (int i = 0; i < desc->natts; i++)
+	{
+		Form_pg_attribute att = TupleDescAttr(desc, i);
+
+		if (!att->attisdropped && strcmp(NameStr(att->attname), name) == 0)
+			return att->attnum;
+	}
+	return InvalidAttrNumber;
+}
+
+static Oid
+column_type(TupleDesc desc, AttrNumber attnum)
+{
+	return getBaseType(TupleDescAttr(desc, attnum - 1)->atttypid);
+}
+
+static MappingConversion
+conversion_of(Oid type)
+{
+	switch (type)
+	{
+		case BOOLOID:
+			return CONVERT_BOOL;
+		case INT2OID:
+		case INT4OID:
+		case INT8OID:
+			return CONVERT_INTEGER;
+		case FLOAT4OID:
+		case FLOAT8OID:
+			return CONVERT_FLOAT;
+		case NUMERICOID:
+			return CONVERT_NUMERIC;
+		case DATEOID:
+		case TIMEOID:
+		case TIMETZOID:
+		case TIMESTAMPOID:
+		case TIMESTAMPTZOID:
+			return CONVERT_DATETIME;
+		case TEXTOID:
+		case VARCHAROID:
+		case BPCHAROID:
+			return CONVERT_TEXT;
+		case JSONOID:
+		case JSONBOID:
+			return CONVERT_JSON;
+		default:
+			return CONVERT_OUTPUT;
+	}
+}
+
+/* Property and column of 'column' or 'column AS property' */
+static void
+split_argument(const char *arg, TupleDesc desc, char **column, char **property, bool *renamed)
+{
+	*column = pstrdup(arg);
+	*property = *column;
+	*renamed = false;
+	/* a column may be called so */
+	if (find_column(desc, arg) != InvalidAttrNumber)
+		return;
+	for (const char *as = arg; *as != '\0'; as++)
+	{
+		if (as == arg || pg_strncasecmp(as, " as ", 4) != 0)
+			continue;
+		*column = pnstrdup(arg, as - arg);
+		*property = pstrdup(as + 4 + strspn(as + 4, " "));
+		for (char *end = *column + strlen(*column); end > *column && end[-1] == ' ';)
+			*--end = '\0';
+		*renamed = true;
+	}
+}
+
+static void
+add_column(Mapping *mapping, TupleDesc desc, char *column, char *property, bool renamed)
+{
+	MappingColumn *added = &mapping->columns[mapping->ncolumns];
+	AttrNumber	attnum = find_column(desc, column);
+	Oid			output;
+	bool		varlena;
+
+	if (attnum == InvalidAttrNumber)
+	{
+		complain(mapping, psprintf("there is no column \"%s\"", column));
+		return;
+	}
+	if (TupleDescAttr(desc, attnum - 1)->attgenerated == 'v')
+	{
+		complain(mapping, psprintf("column \"%s\" is generated on reading, so no trigger sees it", column));
+		return;
+	}
+	if (mapping->kind == USERPILOT_USER && strcmp(property, COMPANY_PROPERTY) == 0)
+	{
+		if (mapping->company != InvalidAttrNumber)
+			complain(mapping, pstrdup("company_id is named twice"));
+		mapping->company = attnum;
+		mapping->company_type = column_type(desc, attnum);
+		return;
+	}
+	for (int i = 0; i < mapping->ncolumns; i++)
+	{
+		if (strcmp(mapping->columns[i].property, property) == 0)
+		{
+			complain(mapping, psprintf("property \"%s\" is named twice", property));
+			return;
+		}
+	}
+	added->attnum = attnum;
+	added->column = column;
+	added->property = property;
+	added->renamed = renamed;
+	added->type = column_type(desc, attnum);
+	added->conversion = conversion_of(added->type);
+	if (added->conversion == CONVERT_OUTPUT)
+	{
+		getTypeOutputInfo(added->type, &output, &varlena);
+		fmgr_info(output, &added->output);
+		mapping->pins_settings |= get_typtype(added->type) != TYPTYPE_ENUM &&
+			added->type != UUIDOID;
+	}
+	mapping->ncolumns++;
+}
+
+static bool
+is_mapped(const Mapping *mapping, AttrNumber attnum)
+{
+	if (attnum == mapping->id || attnum == mapping->company)
+		return true;
+	for (int i = 0; i < mapping->ncolumns; i++)
+	{
+		if (mapping->columns[i].attnum == attnum)
+			return true;
+	}
+	return false;
+}
+
+/* '*': every column that nothing else names */
+static void
+add_other_columns(Mapping *mapping, TupleDesc desc)
+{
+	for (int i = 0; i < desc->natts; i++)
+	{
+		Form_pg_attribute att = TupleDescAttr(desc, i);
+		char	   *name = pstrdup(NameStr(att->attname));
+
+		if (!att->attisdropped && att->attgenerated != 'v' && !is_mapped(mapping, att->attnum))
+			add_column(mapping, desc, name, name, false);
+	}
+}
+
+Mapping *
+mapping_read(UserpilotKind kind, char **args, int nargs, TupleDesc desc)
+{
+	Mapping    *mapping = palloc0(sizeof(Mapping));
+	bool		others = false;
+
+	mapping->kind = kind;
+	mapping->columns = palloc0((nargs + desc->natts) * sizeof(MappingColumn));
+	for (int i = 0; i < nargs; i++)
+	{
+		char	   *column;
+		char	   *property;
+		bool		renamed;
+
+		if (strncmp(args[i], SERVER_ARGUMENT, strlen(SERVER_ARGUMENT)) == 0)
+			mapping->server = pstrdup(args[i] + strlen(SERVER_ARGUMENT));
+		else if (mapping->id_column == NULL)
+		{
+			mapping->id_column = pstrdup(args[i]);
+			mapping->id = find_column(desc, args[i]);
+			if (mapping->id != InvalidAttrNumber)
+				mapping->id_type = column_type(desc, mapping->id);
+			else
+				complain(mapping, psprintf("there is no column \"%s\" for the id", args[i]));
+		}
+		else if (strcmp(args[i], "*") == 0)
+			others = true;
+		else
+		{
+			split_argument(args[i], desc, &column, &property, &renamed);
+			add_column(mapping, desc, column, property, renamed);
+		}
+	}
+	if (mapping->id_column == NULL)
+	{
+		mapping->id_column = pstrdup("id");
+		complain(mapping, pstrdup("the first argument must name the column of the id"));
+	}
+	if (others)
+		add_other_columns(mapping, desc);
+	return mapping;
+}
+
+/* ------------------------------------------------------------------ rows */
+
+static bool
+differs(TupleTableSlot *before, TupleTableSlot *after, AttrNumber attnum)
+{
+	Form_pg_attribute att = TupleDescAttr(after->tts_tupleDescriptor, attnum - 1);
+	bool		null_before;
+	bool		null_after;
+	Datum		a = slot_getattr(before, attnum, &null_before);
+	Datum		b = slot_getattr(after, attnum, &null_after);
+
+	if (null_before || null_after)
+		return null_before != null_after;
+	/* stored aside, and not touched: no need to fetch it */
+	if (att->attlen == -1 && VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(a)) &&
+		VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(b)) &&
+		memcmp(DatumGetPointer(a), DatumGetPointer(b), VARSIZE_EXTERNAL(DatumGetPointer(a))) == 0)
+		return false;
+	return !datum_image_eq(a, b, att->attbyval, att->attlen);
+}
+
+bool
+mapping_changed(const Mapping *mapping, TupleTableSlot *before, TupleTableSlot *after)
+{
+	if (mapping->id != InvalidAttrNumber && differs(before, after, mapping->id))
+		return true;
+	if (mapping->company != InvalidAttrNumber && differs(before, after, mapping->company))
+		return true;
+	for (int i = 0; i < mapping->ncolumns; i++)
+	{
+		if (differs(before, after, mapping->columns[i].attnum))
+			return true;
+	}
+	return false;
+}
+
+static void
+string_value(JsonbValue *value, char *str, int len)
+{
+	value->type = jbvString;
+	value->val.string.val = str;
+	value->val.string.len = len;
+}
+
+static void
+numeric_value(JsonbValue *value, Numeric num)
+{
+	/* JSON has no such numbers; core's to_jsonb writes them as strings, too */
+	if (numeric_is_nan(num) || numeric_is_inf(num))
+	{
+		char	   *str = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(num)));
+
+		string_value(value, str, strlen(str));
+		return;
+	}
+	value->type = jbvNumeric;
+	value->val.numeric = num;
+}
+
+/* The shortest number that is read back as the same float */
+static void
+float_value(JsonbValue *value, Oid type, Datum d)
+{
+	char		buf[Max(DOUBLE_SHORTEST_DECIMAL_LEN, FLOAT_SHORTEST_DECIMAL_LEN)];
+
+	if (type == FLOAT8OID)
+		double_to_shortest_decimal_buf(DatumGetFloat8(d), buf);
+	else
+		float_to_shortest_decimal_buf(DatumGetFloat4(d), buf);
+	numeric_value(value, DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(buf),
+															 ObjectIdGetDatum(InvalidOid),
+															 Int32GetDatum(-1))));
+}
+
+static void
+scalar_value(const MappingColumn *column, Datum d, JsonbValue *value)
+{
+	static const int utc = 0;
+	char		buf[MAXDATELEN + 1];
+	char	   *str;
+
+	switch (column->conversion)
+	{
+		case CONVERT_BOOL:
+			value->type = jbvBool;
+			value->val.boolean = DatumGetBool(d);
+			return;
+		case CONVERT_INTEGER:
+			value->type = jbvNumeric;
+			value->val.numeric = int64_to_numeric(column->type == INT8OID ? DatumGetInt64(d) :
+												  column->type == INT4OID ? DatumGetInt32(d) :
+												  DatumGetInt16(d));
+			return;
+		case CONVERT_FLOAT:
+			float_value(value, column->type, d);
+			return;
+		case CONVERT_NUMERIC:
+			numeric_value(value, DatumGetNumeric(d));
+			return;
+		case CONVERT_DATETIME:
+			str = pstrdup(JsonEncodeDateTime(buf, d, column->type,
+											 column->type == TIMESTAMPTZOID ? &utc : NULL));
+			break;
+		case CONVERT_TEXT:
+			string_value(value, VARDATA_ANY(DatumGetTextPP(d)), VARSIZE_ANY_EXHDR(DatumGetTextPP(d)));
+			return;
+		case CONVERT_JSON:
+		case CONVERT_OUTPUT:
+		default:
+			str = OutputFunctionCall((FmgrInfo *) &column->output, d);
+			break;
+	}
+	string_value(value, str, strlen(str));
+}
+
+static void
+push(JsonbParseState **state, const char *name, int len, JsonbValue *value)
+{
+	JsonbValue	key;
+
+	string_value(&key, (char *) name, len);
+	pushJsonbValue(state, WJB_KEY, &key);
+	pushJsonbValue(state, WJB_VALUE, value);
+}
+
+/* An object's members as properties of their own, or nulls instead of them */
+static void
+spread(JsonbParseState **state, JsonbContainer *object, const char *prefix, bool flatten,
+	   bool as_null)
+{
+	JsonbIterator *it = JsonbIteratorInit(object);
+	JsonbValue	null = {.type = jbvNull};
+	JsonbValue	name;
+	JsonbValue	value;
+
+	check_stack_depth();
+	(void) JsonbIteratorNext(&it, &name, false);
+	while (JsonbIteratorNext(&it, &name, true) == WJB_KEY)
+	{
+		char	   *whole = psprintf("%s%.*s", prefix, name.val.string.len, name.val.string.val);
+
+		(void) JsonbIteratorNext(&it, &value, true);
+		if (value.type != jbvBinary)
+			push(state, whole, strlen(whole), as_null ? &null : &value);
+		else if (flatten && JsonContainerIsObject(value.val.binary.data))
+			spread(state, value.val.binary.data, psprintf("%s.", whole), flatten, as_null);
+	}
+}
+
+static Jsonb *
+column_jsonb(const MappingColumn *column, TupleTableSlot *slot)
+{
+	bool		isnull;
+	Datum		d = slot_getattr(slot, column->attnum, &isnull);
+
+	if (isnull)
+		return NULL;
+	if (column->type == JSONOID)
+		return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(TextDatumGetCString(d))));
+	return DatumGetJsonbP(d);
+}
+
+static void
+push_json(JsonbParseState **state, const MappingColumn *column, bool flatten,
+		  TupleTableSlot *before, TupleTableSlot *row)
+{
+	char	   *prefix = column->renamed ? psprintf("%s.", column->property) : "";
+	Jsonb	   *old = before ? column_jsonb(column, before) : NULL;
+	Jsonb	   *new = column_jsonb(column, row);
+	JsonbValue	value;
+
+	/* what is there still comes after, and wins */
+	if (old != NULL && JB_ROOT_IS_OBJECT(old))
+		spread(state, &old->root, prefix, flatten, true);
+	if (new == NULL)
+		return;
+	if (JB_ROOT_IS_OBJECT(new))
+	{
+		spread(state, &new->root, prefix, flatten, false);
+		return;
+	}
+	if (JB_ROOT_IS_SCALAR(new))
+		(void) JsonbExtractScalar(&new->root, &value);
+	else
+	{
+		char	   *str = JsonbToCString(NULL, &new->root, VARSIZE(new));
+
+		string_value(&value, str, strlen(str));
+	}
+	push(state, column->property, strlen(column->property), &value);
+}
+
+/* Undone by AtEOXact_GUC(true, level) */
+static int
+pin_output_settings(void)
+{
+	static const char *const settings[][2] = {
+		{"datestyle", "ISO, YMD"}, {"intervalstyle", "postgres"}, {"timezone", "UTC"},
+		{"extra_float_digits", "1"}, {"bytea_output", "hex"}, {"lc_monetary", "C"}
+	};
+	int			level = NewGUCNestLevel();
+
+	for (int i = 0; i < (int) lengthof(settings); i++)
+	{
+		const char *now = GetConfigOption(settings[i][0], false, false);
+
+		if (pg_strcasecmp(now, settings[i][1]) != 0)
+			(void) set_config_option(settings[i][0], settings[i][1], PGC_USERSET, PGC_S_SESSION,
+									 GUC_ACTION_SAVE, true, 0, false);
+	}
+	return level;
+}
+
+Jsonb *
+mapping_metadata(const Mapping *mapping, bool flatten, TupleTableSlot *before,
+				 TupleTableSlot *row)
+{
+	int			level = mapping->pins_settings ? pin_output_settings() : 0;
+	JsonbParseState *state = NULL;
+	JsonbValue *result;
+
+	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
+	for (int i = 0; i < mapping->ncolumns; i++)
+	{
+		const MappingColumn *column = &mapping->columns[i];
+		JsonbValue	value = {.type = jbvNull};
+		bool		isnull;
+		Datum		d;
+
+		if (column->conversion == CONVERT_JSON)
+		{
+			push_json(&state, column, flatten, before, row);
+			continue;
+		}
+		d = slot_getattr(row, column->attnum, &isnull);
+		if (!isnull)
+			scalar_value(column, d, &value);
+		push(&state, column->property, strlen(column->property), &value);
+	}
+	result = pushJsonbValue(&state, WJB_END_OBJECT, NULL);
+	if (mapping->pins_settings)
+		AtEOXact_GUC(true, level);
+	return JsonbValueToJsonb(result);
+}

@@ -1,0 +1,151 @@
+/*
+ * shape.c
+ *	  What a server's options make of metadata before it is queued.
+ *
+ * Done once, on the way in: what is excluded is never stored, and everything
+ * behind the queue deals with what Userpilot is to have.
+ */
+#include "postgres.h"
+
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/numeric.h"
+
+#include "shape.h"
+
+int
+shape_names(const char *list, char ***names)
+{
+	char	   *copy = pstrdup(list);
+	int			n = 0;
+	char	   *next;
+
+	*names = palloc((strlen(list) + 1) * sizeof(char *));
+	for (char *name = copy; name != NULL; name = next)
+	{
+		char	   *end;
+
+		next = strchr(name, ',');
+		end = next ? next : name + strlen(name);
+		while (*name == ' ')
+			name++;
+		while (end > name && end[-1] == ' ')
+			end--;
+		if (next != NULL)
+			next++;
+		if (end == name)
+			return -1;
+		*end = '\0';
+		(*names)[n++] = name;
+	}
+	return n;
+}
+
+bool
+shape_excludes(const Shape *shape, const char *name, int len)
+{
+	for (int i = 0; i < shape->nexcluded; i++)
+	{
+		if (strncmp(shape->excluded[i], name, len) == 0 && shape->excluded[i][len] == '\0')
+			return true;
+	}
+	return false;
+}
+
+static void
+push_name(JsonbParseState **state, const char *name, int len)
+{
+	JsonbValue	v;
+
+	v.type = jbvString;
+	v.val.string.val = (char *) name;
+	v.val.string.len = len;
+	pushJsonbValue(state, WJB_KEY, &v);
+}
+
+static void
+push_value(JsonbParseState **state, bool as_string, JsonbValue *value)
+{
+	JsonbValue	v = *value;
+
+	if (as_string && value->type == jbvNumeric)
+	{
+		v.type = jbvString;
+		v.val.string.val = numeric_normalize(value->val.numeric);
+		v.val.string.len = strlen(v.val.string.val);
+	}
+	else if (as_string && value->type == jbvBool)
+	{
+		v.type = jbvString;
+		v.val.string.val = value->val.boolean ? "true" : "false";
+		v.val.string.len = strlen(v.val.string.val);
+	}
+	/* arrays, and objects that stay: whole, for the caller to be refused */
+	pushJsonbValue(state, WJB_VALUE, &v);
+}
+
+/* One object's members; prefix is empty or ends in a dot */
+static void
+push_members(JsonbParseState **state, const Shape *shape, bool as_string,
+			 JsonbContainer *object, const char *prefix)
+{
+	JsonbIterator *it = JsonbIteratorInit(object);
+	JsonbValue	name;
+	JsonbValue	value;
+
+	check_stack_depth();
+	(void) JsonbIteratorNext(&it, &name, false);
+	while (JsonbIteratorNext(&it, &name, true) == WJB_KEY)
+	{
+		char	   *whole = psprintf("%s%.*s", prefix, name.val.string.len, name.val.string.val);
+
+		(void) JsonbIteratorNext(&it, &value, true);
+		if (shape_excludes(shape, whole, strlen(whole)))
+			continue;
+		if (shape->flatten && value.type == jbvBinary &&
+			JsonContainerIsObject(value.val.binary.data))
+		{
+			push_members(state, shape, as_string, value.val.binary.data,
+						 psprintf("%s.", whole));
+			continue;
+		}
+		push_name(state, whole, strlen(whole));
+		push_value(state, as_string, &value);
+	}
+}
+
+/* Whether anything would be other than it is */
+static bool
+changes(const Shape *shape, bool as_string, Jsonb *metadata)
+{
+	JsonbIterator *it = JsonbIteratorInit(&metadata->root);
+	JsonbValue	v;
+
+	(void) JsonbIteratorNext(&it, &v, false);
+	while (JsonbIteratorNext(&it, &v, true) == WJB_KEY)
+	{
+		if (shape_excludes(shape, v.val.string.val, v.val.string.len))
+			return true;
+		(void) JsonbIteratorNext(&it, &v, true);
+		if (as_string && (v.type == jbvNumeric || v.type == jbvBool))
+			return true;
+		if (shape->flatten && v.type == jbvBinary && JsonContainerIsObject(v.val.binary.data))
+			return true;
+	}
+	return false;
+}
+
+Jsonb *
+shape_metadata(const Shape *shape, UserpilotKind kind, Jsonb *metadata)
+{
+	bool		as_string = shape->user_strings && kind == USERPILOT_USER;
+	JsonbParseState *state = NULL;
+
+	if (shape->nexcluded == 0 && !shape->flatten && !as_string)
+		return metadata;
+	if (!JB_ROOT_IS_OBJECT(metadata) || !changes(shape, as_string, metadata))
+		return metadata;
+	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
+	push_members(&state, shape, as_string, &metadata->root, "");
+	return JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL));
+}
