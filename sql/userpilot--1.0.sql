@@ -146,7 +146,8 @@ CREATE TABLE userpilot_profiles (
 	synced_at timestamptz,
 	believed_since timestamptz,
 	job bigint,
-	PRIMARY KEY (server, kind, entity_id)
+	-- what tells keys apart comes first
+	PRIMARY KEY (entity_id, kind, server)
 ) WITH (fillfactor = 70);
 REVOKE ALL ON TABLE userpilot_profiles FROM PUBLIC;
 

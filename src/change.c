@@ -9,6 +9,7 @@
  */
 #include "postgres.h"
 
+#include "access/transam.h"
 #include "catalog/pg_type.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
@@ -41,6 +42,14 @@ check_encoding(const char *str, int len, const char *what)
 }
 
 static text *
+id_from_integer(int64 number)
+{
+	char		digits[MAXINT8LEN + 1];
+
+	return cstring_to_text_with_len(digits, pg_lltoa(number, digits));
+}
+
+static text *
 id_from_number(Oid type, Datum value, const char *what)
 {
 	if (type == NUMERICOID)
@@ -54,18 +63,18 @@ id_from_number(Oid type, Datum value, const char *what)
 							numeric_is_nan(num) ? "NaN" : "infinity")));
 		return cstring_to_text(DatumGetCString(DirectFunctionCall1(numeric_out, value)));
 	}
-	if (type == INT8OID)
-		return cstring_to_text(DatumGetCString(DirectFunctionCall1(int8out, value)));
-	if (type == INT4OID)
-		return cstring_to_text(DatumGetCString(DirectFunctionCall1(int4out, value)));
-	return cstring_to_text(DatumGetCString(DirectFunctionCall1(int2out, value)));
+	return id_from_integer(type == INT8OID ? DatumGetInt64(value) :
+						   type == INT4OID ? DatumGetInt32(value) : DatumGetInt16(value));
 }
 
 /* The id as text, before its content is looked at */
 static text *
 id_to_text(Oid type, Datum value, const char *what)
 {
-	switch (getBaseType(type))
+	/* none of the types below this is a domain, and a look-up a row is felt */
+	Oid			base = type < FirstGenbkiObjectId ? type : getBaseType(type);
+
+	switch (base)
 	{
 		case TEXTOID:
 		case VARCHAROID:
@@ -76,7 +85,7 @@ id_to_text(Oid type, Datum value, const char *what)
 		case INT4OID:
 		case INT8OID:
 		case NUMERICOID:
-			return id_from_number(getBaseType(type), value, what);
+			return id_from_number(base, value, what);
 		case UUIDOID:
 			return cstring_to_text(DatumGetCString(OidFunctionCall1(F_UUID_OUT, value)));
 		default:
@@ -169,6 +178,36 @@ refuse_nested(const JsonbValue *name, const char *is_a)
 			 errhint("Give its members names of their own, or send it as text: value::text.")));
 }
 
+/*
+ * Whether the entries' headers alone show that all is well: most often they
+ * do, and walking the values would be a good part of what enqueueing costs.
+ * Names come before values; an entry holds its length, or its end.
+ */
+static bool
+plainly_good(const JsonbContainer *object)
+{
+	int			n = JsonContainerSize(object);
+	uint32		end = 0;
+
+	if (GetDatabaseEncoding() == PG_SQL_ASCII)
+		return false;
+	for (int i = 0; i < 2 * n; i++)
+	{
+		JEntry		entry = object->children[i];
+		uint32		len = JBE_OFFLENFLD(entry);
+
+		if (JBE_HAS_OFF(entry))
+			len -= end;
+		end += len;
+		if (i < n && (len == 0 || len > USERPILOT_MAX_NAME_CHARS))
+			return false;
+		if (JBE_ISCONTAINER(entry) ||
+			(JBE_ISSTRING(entry) && len > USERPILOT_MAX_VALUE_CHARS))
+			return false;
+	}
+	return true;
+}
+
 void
 change_check_metadata(Jsonb *metadata)
 {
@@ -188,6 +227,8 @@ change_check_metadata(Jsonb *metadata)
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 				 errmsg("metadata has %d properties; Userpilot takes %d",
 						(int) JB_ROOT_COUNT(metadata), USERPILOT_MAX_PROPERTIES)));
+	if (plainly_good(&metadata->root))
+		return;
 
 	it = JsonbIteratorInit(&metadata->root);
 	(void) JsonbIteratorNext(&it, &name, false);	/* WJB_BEGIN_OBJECT */

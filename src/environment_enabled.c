@@ -184,7 +184,7 @@ write_enabled(SqlStatement *statement, Datum *args)
 	sql_become_owner(&saved);
 	(void) sql_execute(statement, args, NULL, false);
 	sql_become_caller(&saved);
-	state_note_commit_wake();
+	state_note_read_all();
 }
 
 /*

@@ -91,7 +91,7 @@ userpilot_validator(PG_FUNCTION_ARGS)
 {
 	options_validate(untransformRelOptions(PG_GETARG_DATUM(0)), PG_GETARG_OID(1));
 	if (state_available())
-		state_note_commit_wake();
+		state_note_read_all();
 	PG_RETURN_VOID();
 }
 

@@ -268,7 +268,7 @@ same_company(const QueueChange *change, Datum company, bool isnull)
 }
 
 static KnownVerdict
-judge(const Known *known, const QueueChange *change, TupleTableSlot *slot)
+judge(const Known *known, const QueueChange *change, TupleTableSlot *slot, TimestampTz now)
 {
 	EntityKey	key = {known->kind, VARSIZE_ANY_EXHDR(change->entity_id),
 	VARDATA_ANY(change->entity_id)};
@@ -283,7 +283,7 @@ judge(const Known *known, const QueueChange *change, TupleTableSlot *slot)
 		return KNOWN_NEW;
 	if (!isnull[COLUMN_JOB] || DatumGetInt32(d[COLUMN_ATTEMPTS]) > 0 ||
 		(!isnull[COLUMN_BELIEVED] &&
-		 profiles_expired(key, DatumGetTimestampTz(d[COLUMN_BELIEVED]), known->refresh_after)) ||
+		 profiles_expired(key, DatumGetTimestampTz(d[COLUMN_BELIEVED]), known->refresh_after, now)) ||
 		!same_company(change, d[COLUMN_COMPANY], isnull[COLUMN_COMPANY]))
 		return KNOWN_CHANGED;
 	metadata = DatumGetJsonbP(d[COLUMN_METADATA]);
@@ -308,20 +308,23 @@ known_judge(Known *known, const QueueChange *changes, int n, KnownVerdict *verdi
 	TupleTableSlot *slot = table_slot_create(rel, NULL);
 	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
 	IndexScanDesc scan = compat_index_beginscan(rel, index, snapshot, 3);
+	TimestampTz now = GetCurrentTimestamp();
 	ScanKeyData keys[3];
 
-	text_key(&keys[0], 1, known->server);
 	text_key(&keys[1], 2, queue_kind_text(known->kind));
+	text_key(&keys[2], 3, known->server);
 	for (int i = 0; i < n; i++)
 	{
 		CHECK_FOR_INTERRUPTS();
-		text_key(&keys[2], 3, changes[i].entity_id);
+		text_key(&keys[0], 1, changes[i].entity_id);
 		index_rescan(scan, keys, 3, NULL, 0);
 		verdicts[i] = KNOWN_NEW;
 		if (index_getnext_slot(scan, ForwardScanDirection, slot))
-			verdicts[i] = judge(known, &changes[i], slot);
+			verdicts[i] = judge(known, &changes[i], slot, now);
 		if (verdicts[i] == KNOWN_UNCHANGED &&
-			(known->all_underway || underway_lookup(known->underway, hash_id(changes[i].entity_id))))
+			(known->all_underway ||
+			 (known->underway->members > 0 &&
+			  underway_lookup(known->underway, hash_id(changes[i].entity_id)))))
 			verdicts[i] = KNOWN_CHANGED;
 	}
 	index_endscan(scan);

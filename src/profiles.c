@@ -296,11 +296,15 @@ text_array(Datum *elements, bool *nulls, int n, Oid type)
 /* Spread over the last quarter of the time, so that what was sent together
  * does not all come back together */
 bool
-profiles_expired(EntityKey key, TimestampTz believed_since, int64 refresh_after)
+profiles_expired(EntityKey key, TimestampTz believed_since, int64 refresh_after,
+				 TimestampTz now)
 {
-	double		share = 0.75 + 0.25 * (entity_hash(key) / (double) PG_UINT32_MAX);
+	int64		age = now - believed_since;
+	int64		limit = refresh_after * USECS_PER_SEC;
 
-	return GetCurrentTimestamp() - believed_since > share * refresh_after * USECS_PER_SEC;
+	if (age <= limit / 4 * 3)
+		return false;
+	return age > limit * (0.75 + 0.25 * (entity_hash(key) / (double) PG_UINT32_MAX));
 }
 
 static void
@@ -351,7 +355,8 @@ profiles_read(const char *server, int64 refresh_after, Profile **profiles, int n
 		old = MemoryContextSwitchTo(profile->context);
 		read_profile(profile->merge, DatumGetJsonbP(d[2]),
 					 isnull[1] ? NULL : DatumGetTextPP(d[1]), DatumGetJsonbP(d[3]));
-		if (!isnull[8] && profiles_expired(profile->key, DatumGetTimestampTz(d[8]), refresh_after))
+		if (!isnull[8] && profiles_expired(profile->key, DatumGetTimestampTz(d[8]), refresh_after,
+							 GetCurrentTimestamp()))
 			forget_values(profile->merge);
 		MemoryContextSwitchTo(old);
 	}

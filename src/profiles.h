@@ -32,7 +32,7 @@ typedef enum ProfileStep
 /* Whether what was acknowledged then is no longer believed; refresh_after is
  * in seconds */
 extern bool profiles_expired(EntityKey key, TimestampTz believed_since,
-							 int64 refresh_after);
+							 int64 refresh_after, TimestampTz now);
 
 /* Reads the profiles of n entities of one kind into their merges */
 extern void profiles_read(const char *server, int64 refresh_after,

@@ -22,6 +22,7 @@
 #include "catalog/pg_type.h"
 #include "executor/executor.h"
 #include "miscadmin.h"
+#include "nodes/nodeFuncs.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -59,6 +60,7 @@ typedef struct OpenQueue
 	ResultRelInfo *rri;
 	EState	   *estate;
 	TupleTableSlot *slot;
+	bool		only_look;		/* its only index is WHERE NOT bulk */
 } OpenQueue;
 
 static OpenQueue open_queue = {0};
@@ -107,6 +109,18 @@ close_queue(void)
 	CurrentResourceOwner = owner;
 }
 
+/* Whether an index's predicate is "NOT bulk", as userpilot_queue_look's is */
+static bool
+is_not_bulk(List *predicate)
+{
+	Node	   *node = list_length(predicate) == 1 ? linitial(predicate) : NULL;
+
+	if (node == NULL || !is_notclause(node))
+		return false;
+	node = (Node *) get_notclausearg(node);
+	return IsA(node, Var) && ((Var *) node)->varattno == QUEUE_BULK + 1;
+}
+
 static OpenQueue *
 open_for_insert(void)
 {
@@ -129,6 +143,8 @@ open_for_insert(void)
 	opening.rri = makeNode(ResultRelInfo);
 	InitResultRelInfo(opening.rri, opening.rel, 1, NULL, 0);
 	ExecOpenIndices(opening.rri, false);
+	opening.only_look = opening.rri->ri_NumIndices == 1 &&
+		is_not_bulk(opening.rri->ri_IndexRelationInfo[0]->ii_Predicate);
 	opening.slot = MakeSingleTupleTableSlot(RelationGetDescr(opening.rel),
 											&TTSOpsHeapTuple);
 	MemoryContextSwitchTo(old);
@@ -243,9 +259,9 @@ queue_descriptor(void)
 	return RelationGetDescr(open_for_insert()->rel);
 }
 
-/* Slots must hold heap tuples */
+/* Slots must hold heap tuples; bulk: all of them are for the bulk lane */
 void
-queue_insert_slots(TupleTableSlot **slots, int n)
+queue_insert_slots(TupleTableSlot **slots, int n, bool bulk)
 {
 	OpenQueue  *queue = open_for_insert();
 	ResourceOwner owner = CurrentResourceOwner;
@@ -256,7 +272,7 @@ queue_insert_slots(TupleTableSlot **slots, int n)
 		table_tuple_insert(queue->rel, slots[0], cid, 0, NULL);
 	else
 		table_multi_insert(queue->rel, slots, n, cid, 0, NULL);
-	for (int i = 0; i < n; i++)
+	for (int i = 0; i < n && !(bulk && queue->only_look); i++)
 	{
 		(void) compat_insert_index_tuples(queue->rri, slots[i], queue->estate);
 		ResetPerTupleExprContext(queue->estate);
@@ -269,19 +285,20 @@ queue_enqueue(const QueueChange *change, const char *command)
 {
 	OpenQueue  *queue;
 	HeapTuple	tuple;
+	bool		bulk = rows_in_transaction >= REALTIME_ROWS;
 
 	queue_begin(command);
 	queue = open_for_insert();
 	tuple = queue_form_row(RelationGetDescr(queue->rel), change,
 						   GetXLogInsertRecPtr(), GetCurrentTimestamp(), 0,
-						   rows_in_transaction >= REALTIME_ROWS);
+						   bulk);
 	if (++rows_in_transaction > REALTIME_ROWS)
 		state_note_bulk();
 
-	ExecStoreHeapTuple(tuple, queue->slot, false);
-	queue_insert_slots(&queue->slot, 1);
+	/* the slot's own, or inserting would copy it */
+	ExecStoreHeapTuple(tuple, queue->slot, true);
+	queue_insert_slots(&queue->slot, 1, bulk);
 	ExecClearTuple(queue->slot);
-	heap_freetuple(tuple);
 }
 
 bool

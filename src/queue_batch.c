@@ -167,7 +167,8 @@ queue_batch_add(QueueBatch *batch, const QueueChange *change)
 	tuple = queue_form_row(desc, change, batch->record->lsn,
 						   batch->record->at, batch->record->id, true);
 	MemoryContextSwitchTo(old);
-	ExecStoreHeapTuple(tuple, next_slot(batch, desc), false);
+	/* the slot's own, or inserting would copy it */
+	ExecStoreHeapTuple(tuple, next_slot(batch, desc), true);
 	batch->nrows++;
 	batch->bytes += tuple->t_len;
 	if (batch->nrows == BATCH_ROWS || batch->bytes >= BATCH_BYTES)
@@ -180,7 +181,7 @@ queue_batch_flush(QueueBatch *batch)
 	check_subtransaction(batch);
 	if (batch->nrows == 0)
 		return;
-	queue_insert_slots(batch->slots, batch->nrows);
+	queue_insert_slots(batch->slots, batch->nrows, true);
 	for (int i = 0; i < batch->nrows; i++)
 		ExecClearTuple(batch->slots[i]);
 	batch->record->rows += batch->nrows;

@@ -43,7 +43,7 @@ extern HeapTuple queue_form_row(TupleDesc desc, const QueueChange *change,
 
 /* The queue's row type, opened for this transaction */
 extern TupleDesc queue_descriptor(void);
-extern void queue_insert_slots(TupleTableSlot **slots, int n);
+extern void queue_insert_slots(TupleTableSlot **slots, int n, bool bulk);
 
 /* queue_batch.c, at the transaction's ends */
 extern void queue_batches_record(void);

@@ -50,6 +50,8 @@ typedef struct StateSlot
 	int			failures;		/* unclean ends without progress */
 	int64		not_before;		/* API ms; no start before */
 	int64		due_at;			/* API ms; start then, 0: never */
+	int64		unserved_until; /* API ms; no server is enabled: changes need
+								 * no worker before */
 	bool		no_worker_slot; /* max_worker_processes reached */
 } StateSlot;
 
@@ -228,6 +230,7 @@ void
 state_commit(void)
 {
 	Latch	   *latch;
+	int64		now = clock_now();
 
 	if (commit_wakes && my_slot != NULL && my_slot->database != MyDatabaseId)
 		my_slot = slot_find(MyDatabaseId, true);	/* it was vacated meanwhile */
@@ -242,7 +245,16 @@ state_commit(void)
 	my_slot->bulk_changes += commit_has_bulk || commit_reads_all;
 	my_slot->read_all |= commit_reads_all;
 	latch = my_slot->worker_latch;
-	if (latch == NULL)
+	if (latch == NULL && now < my_slot->unserved_until && !commit_reads_all)
+	{
+		/* nobody is there to send it to; look again then, but not for each */
+		if (my_slot->due_at == 0)
+		{
+			my_slot->due_at = my_slot->unserved_until;
+			latch = shared->launcher_latch;
+		}
+	}
+	else if (latch == NULL)
 	{
 		/* also while one is starting or ending: the launcher sorts it out */
 		my_slot->wanted = true;
@@ -315,6 +327,7 @@ state_worker_attach(void)
 		my_slot->left_cleanly = false;
 		my_slot->progressed = false;
 		my_slot->due_at = 0;
+		my_slot->unserved_until = 0;
 	}
 	SpinLockRelease(&my_slot->mutex);
 	if (taken)
@@ -352,6 +365,29 @@ state_worker_leave(uint64 seen_changes, int64 due_at)
 		worker_gone(my_slot);
 		my_slot->left_cleanly = true;
 		my_slot->due_at = due_at;
+	}
+	SpinLockRelease(&my_slot->mutex);
+	return may_leave;
+}
+
+/*
+ * No server is enabled, so what is committed meanwhile needs no worker; were
+ * one to stay, or to come for every commit, it would only take time from
+ * those who commit.  Refused if servers were changed since the last wake was
+ * read.
+ */
+bool
+state_worker_leave_unserved(int64 until)
+{
+	bool		may_leave;
+
+	SpinLockAcquire(&my_slot->mutex);
+	may_leave = !my_slot->read_all;
+	if (may_leave)
+	{
+		worker_gone(my_slot);
+		my_slot->left_cleanly = true;
+		my_slot->unserved_until = until;
 	}
 	SpinLockRelease(&my_slot->mutex);
 	return may_leave;

@@ -31,6 +31,7 @@ extern void state_forget(void); /* transaction ended without */
 extern void state_worker_attach(void);
 extern StateWake state_worker_wake(void);	/* reads, and clears read_all */
 extern bool state_worker_leave(uint64 seen_changes, int64 due_at);
+extern bool state_worker_leave_unserved(int64 until);
 extern void state_worker_retreat(int64 due_at);
 extern void state_worker_vacate(void);	/* nothing is ever to do here */
 extern void state_worker_progress(void);	/* it got something done */

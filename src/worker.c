@@ -49,6 +49,9 @@
 #define START_WAIT_MS 1000
 #define START_WAIT_MAX_MS (3600 * 1000)
 
+/* While no server is enabled, changes bring a worker only so often (real ms) */
+#define UNSERVED_MS (10 * 1000)
+
 /* Old history is deleted so often (API ms) */
 #define PRUNE_MS (10 * 60 * 1000)
 
@@ -498,6 +501,13 @@ serve(void)
 			if (!watch(&pruned_at))
 				return;
 			watched_at = GetCurrentTimestamp();
+		}
+
+		if (nsenders == 0 && !prepared_pending && !wake.read_all)
+		{
+			note_progress();
+			if (state_worker_leave_unserved(clock_now() + clock_api_ms(UNSERVED_MS)))
+				return;
 		}
 
 		look_at_all |= wake.read_all;

@@ -228,9 +228,9 @@ sub old_snapshot
 
 # ------------------------------------------------------------------ a backlog
 
-# A transaction of a session: a tenth of a round and more, of rows that no
-# other session has at the time; half of what it tries is taken back
-sub transaction
+# What a session does in a round: it commits a quarter of the round, of rows
+# that no other session has at the time, and takes back about as much
+sub changes
 {
 	my ($session, $round) = @_;
 	my $from = 1001 + 750 * (($session + $round) % 4);
@@ -309,7 +309,7 @@ sub backlog
 	$api->foreign_job(1_000_000_000);
 	foreach my $round (1 .. $rounds)
 	{
-		my @pids = start_sessions((map { transaction($_, $round) } 0 .. 3), reader());
+		my @pids = start_sessions((map { changes($_, $round) } 0 .. 3), reader());
 
 		prepare_one($round);
 		push @fresh, fresh_change();

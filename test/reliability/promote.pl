@@ -25,8 +25,9 @@ my @pauses;
 # the standby all the same
 my @levels = ('on', 'remote_apply', 'local', 'off');
 
-# synchronous_standby_names must not bind a standby that is promoted
 set_up('primary0', once => 1, init => [ allows_streaming => 1 ]);
+
+# a job is to be still under way when the standby takes over
 $api->configure(records_per_minute => 600);
 
 sub calls
@@ -38,7 +39,8 @@ sub calls
 	return $sum;
 }
 
-# A standby that every commit waits for, if it waits at all
+# A standby that every commit waits for, if it waits at all.  Promoted, it is
+# not to wait for another itself.
 sub add_standby
 {
 	my ($round) = @_;
