@@ -194,17 +194,23 @@ def trigger(bench):
 
 
 class Peak:
-    """The most memory of its own a process had, sampled."""
+    """The most memory of its own a process had, sampled.  find: its pid, or
+    who to ask for it as long as there is none."""
 
-    def __init__(self, pid, every=0.003):
-        self.pid, self.every = pid, every
+    def __init__(self, find, every=0.003):
+        self.find = find if callable(find) else lambda: find
+        self.every = every
         self.most = 0
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def watch(self):
+        pid = None
         while not self.done.is_set():
-            self.most = max(self.most, status(self.pid, "RssAnon") or 0)
+            used = status(pid, "RssAnon") if pid else None
+            if used is None:
+                pid = self.find()
+            self.most = max(self.most, used or 0)
             self.done.wait(self.every)
 
     def __enter__(self):

@@ -1,15 +1,11 @@
 --
--- From here on, every change of a company goes out with its commit
+-- What goes to Userpilot, said once for each table.  From here on every change
+-- of a row goes out with its commit; only the columns named leave the database
 --
-CREATE FUNCTION company_to_userpilot() RETURNS trigger
-LANGUAGE plpgsql AS $$
-BEGIN
-	PERFORM userpilot_identify_company(NEW.id, jsonb_build_object(
-		'name', NEW.name, 'address', NEW.address, 'country', NEW.country,
-		'registry', NEW.registry, 'addresses', NEW.addresses));
-	RETURN NULL;
-END
-$$;
-
 CREATE TRIGGER to_userpilot AFTER INSERT OR UPDATE ON companies
-FOR EACH ROW EXECUTE FUNCTION company_to_userpilot();
+	FOR EACH ROW EXECUTE FUNCTION userpilot_company_trigger(
+	'id', 'name', 'address', 'country', 'registry', 'addresses');
+
+CREATE TRIGGER to_userpilot AFTER INSERT OR UPDATE ON users
+	FOR EACH ROW EXECUTE FUNCTION userpilot_user_trigger(
+	'id', 'name', 'email', 'admin', 'signed_up AS created_at', 'company_id');

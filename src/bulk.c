@@ -337,7 +337,7 @@ sweep_wanted(const Sender *sender)
 	const Bulk *bulk = &sender->bulk;
 
 	return bulk->dirty || bulk->done != NULL ||
-		(bulk->solo != NULL && sender->rt.solos == 0);
+		((bulk->solo != NULL || bulk->after_solos) && sender->rt.solos == 0);
 }
 
 /* ... and really is: the slot is not asked for in vain */
@@ -394,7 +394,7 @@ bulk_step(Sender *sender, int64 now)
 		case BULK_IDLE:
 			if (!sweep_needed(sender))
 			{
-				bulk->dirty = false;
+				bulk->dirty = bulk->after_solos = false;
 				return false;
 			}
 			if (!take_slot(sender))

@@ -45,7 +45,7 @@ intake_open(const EnvironmentRef *server, UserpilotKind kind, const char *comman
 											ALLOCSET_DEFAULT_SIZES);
 	if (command != NULL)
 	{
-		judged = known_may_leave_out(server, kind) && !queue_in_command();
+		judged = known_may_leave_out(server, kind) && !queue_in_command(kind);
 		intake->batch = queue_batch_open(intake->server.name, kind, command);
 	}
 	if (judged)

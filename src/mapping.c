@@ -425,11 +425,14 @@ push_json(JsonbParseState **state, const MappingColumn *column, bool flatten,
 	char	   *prefix = column->renamed ? psprintf("%s.", column->property) : "";
 	Jsonb	   *old = before ? column_jsonb(column, before) : NULL;
 	Jsonb	   *new = column_jsonb(column, row);
+	JsonbValue	null = {.type = jbvNull};
 	JsonbValue	value;
 
 	/* what is there still comes after, and wins */
 	if (old != NULL && JB_ROOT_IS_OBJECT(old))
 		spread(state, &old->root, prefix, flatten, true);
+	else if (old != NULL)
+		push(state, column->property, strlen(column->property), &null);
 	if (new == NULL)
 		return;
 	if (JB_ROOT_IS_OBJECT(new))

@@ -20,6 +20,12 @@ extern void pending_called(Realtime *rt, Pending *pending, int64 now);
 /* Its body is no longer under way: back to waiting, what was sent unknown */
 extern void pending_wait(Realtime *rt, Pending *pending, int64 not_before);
 
+/* realtime.c, for realtime_answers.c */
+extern void realtime_delete_sent(Realtime *rt, Pending **done, int n);
+extern void realtime_write_profiles(Sender *sender, Pending **pending, int n,
+									ProfileStep step);
+extern void realtime_look_again(Sender *sender);
+
 /* The rows its body covered are done with; it waits again if it has more */
 extern void pending_drop_sent(Realtime *rt, Pending *pending);
 

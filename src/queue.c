@@ -66,7 +66,7 @@ typedef struct OpenQueue
 static OpenQueue open_queue = {0};
 static int	rows_in_transaction = 0;
 static bool queued_in_transaction = false;
-static CommandId queued_in = InvalidCommandId;
+static CommandId queued_in[USERPILOT_KINDS] = {InvalidCommandId, InvalidCommandId};
 static int	refused_in_transaction = 0;
 
 void
@@ -182,7 +182,8 @@ transaction_callback(XactEvent event, void *arg)
 	rows_in_transaction = 0;
 	refused_in_transaction = 0;
 	queued_in_transaction = false;
-	queued_in = InvalidCommandId;
+	for (int i = 0; i < USERPILOT_KINDS; i++)
+		queued_in[i] = InvalidCommandId;
 }
 
 static void
@@ -240,7 +241,7 @@ queue_form_row(TupleDesc desc, const QueueChange *change, XLogRecPtr lsn,
 }
 
 void
-queue_begin(const char *command)
+queue_begin(UserpilotKind kind, const char *command)
 {
 	PreventCommandIfReadOnly(command);
 	PreventCommandIfParallelMode(command);
@@ -250,7 +251,7 @@ queue_begin(const char *command)
 		state_note_commit_wake();
 		queued_in_transaction = true;
 	}
-	queued_in = GetCurrentCommandId(true);
+	queued_in[kind] = GetCurrentCommandId(true);
 }
 
 TupleDesc
@@ -287,7 +288,7 @@ queue_enqueue(const QueueChange *change, const char *command)
 	HeapTuple	tuple;
 	bool		bulk = rows_in_transaction >= REALTIME_ROWS;
 
-	queue_begin(command);
+	queue_begin(change->kind, command);
 	queue = open_for_insert();
 	tuple = queue_form_row(RelationGetDescr(queue->rel), change,
 						   GetXLogInsertRecPtr(), GetCurrentTimestamp(), 0,
@@ -308,9 +309,9 @@ queue_in_transaction(void)
 }
 
 bool
-queue_in_command(void)
+queue_in_command(UserpilotKind kind)
 {
-	return queued_in == GetCurrentCommandId(false);
+	return queued_in[kind] == GetCurrentCommandId(false);
 }
 
 /*

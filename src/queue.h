@@ -49,9 +49,9 @@ extern uint64 queue_batch_cancel(int64 id);
 extern void queue_refuse(const QueueChange *change, const char *error);
 
 /* Whether this transaction has queued anything; whether its present command
- * has, which no snapshot shows yet */
+ * has one of this kind, which no snapshot shows yet */
 extern bool queue_in_transaction(void);
-extern bool queue_in_command(void);
+extern bool queue_in_command(UserpilotKind kind);
 
 /* The transaction callbacks, from _PG_init */
 extern void queue_register(void);
@@ -107,6 +107,9 @@ extern void queue_fold(MergeEntity *entity, const MergeBatches *batches,
 
 /* Deletes rows by position, if they are still the rows that were read */
 extern uint64 queue_delete(const QueueRow *rows, int n);
+
+/* Whether all of them are still queued */
+extern bool queue_stands(QueueRow **rows, int n);
 
 typedef struct QueueFailure
 {

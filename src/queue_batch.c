@@ -106,7 +106,7 @@ queue_batch_open(text *server, UserpilotKind kind, const char *command)
 {
 	QueueBatch *batch = palloc0(sizeof(QueueBatch));
 
-	queue_begin(command);
+	queue_begin(kind, command);
 	state_note_bulk();
 	batch->record = new_record(server, kind);
 	batch->context = CurrentMemoryContext;

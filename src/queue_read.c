@@ -346,6 +346,23 @@ still_there(Relation rel, const QueueRow *row, TupleTableSlot *slot)
 		memcmp(VARDATA_ANY(id), row->entity_id, row->entity_len) == 0;
 }
 
+bool
+queue_stands(QueueRow **rows, int n)
+{
+	Relation	rel = table_open(sql_relid("userpilot_queue"), AccessShareLock);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	bool		all = true;
+
+	for (int i = 0; all && i < n; i++)
+	{
+		all = still_there(rel, rows[i], slot);
+		ExecClearTuple(slot);
+	}
+	ExecDropSingleTupleTableSlot(slot);
+	table_close(rel, NoLock);
+	return all;
+}
+
 /* A row that someone else deleted first is as good as deleted */
 uint64
 queue_delete(const QueueRow *rows, int n)

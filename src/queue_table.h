@@ -34,7 +34,7 @@ extern void queue_check_shape(Relation rel);
 extern text *queue_kind_text(UserpilotKind kind);
 
 /* Notes in the transaction that it queues; raises where it must not */
-extern void queue_begin(const char *command);
+extern void queue_begin(UserpilotKind kind, const char *command);
 
 /* batch 0: a direct change */
 extern HeapTuple queue_form_row(TupleDesc desc, const QueueChange *change,

@@ -4,8 +4,8 @@
  *
  * What a look finds waits here entity by entity.  A wave reads the profiles
  * of as many as may go, merges, and marks in one durable commit; the calls
- * start after it.  Answers are learnt in groups.  An entity is in flight once
- * at most: its newer rows wait for the answer.
+ * start after it.  An entity is in flight once at most: its newer rows wait for
+ * the answer (realtime_answers.c).
  */
 #include "postgres.h"
 
@@ -45,20 +45,22 @@ realtime_init(Sender *sender)
 bool
 realtime_backlogged(const Sender *sender)
 {
-	return sender->rt.overflow || sender->rt.pending->members > BACKLOG_ENTITIES;
+	return sender->rt.overflow ||
+		(int) sender->rt.pending->members - sender->rt.solos > BACKLOG_ENTITIES;
 }
 
 bool
-realtime_in_flight(const Sender *sender, EntityKey key)
+realtime_in_flight(const Sender *sender, EntityKey key, uint32 hash)
 {
-	const Pending *pending = pending_find(&sender->rt, key);
+	const EntityEntry *entry = entities_lookup_hash(sender->rt.pending, key, hash);
+	const Pending *pending = entry ? entry->data : NULL;
 
 	return pending != NULL && (pending->state != PENDING_WAITING || pending->solo);
 }
 
-/* An entity of a dissolved job, with every row it has */
+/* An entity of the bulk lane's, with every row it has */
 void
-realtime_add_solo(Sender *sender, QueueRow **rows, int n)
+realtime_add_solo(Sender *sender, QueueRow **rows, int n, bool helped)
 {
 	Realtime   *rt = &sender->rt;
 
@@ -68,6 +70,7 @@ realtime_add_solo(Sender *sender, QueueRow **rows, int n)
 
 		rt->solos += !pending->solo;
 		pending->solo = true;
+		pending->helped = helped;
 	}
 }
 
@@ -84,7 +87,7 @@ realtime_reset_look(Sender *sender)
 	{
 		Pending    *pending = dlist_container(Pending, node, iter.cur);
 
-		if (!pending->solo)
+		if (!pending->solo || pending->helped)
 			pending_free(rt, pending);
 	}
 	if (rt->snapshot)
@@ -126,8 +129,8 @@ realtime_look(Sender *sender)
 
 /* More was there than fitted: there is room now, or rows were not where they
  * had been read */
-static void
-look_again_if_room(Sender *sender)
+void
+realtime_look_again(Sender *sender)
 {
 	Realtime   *rt = &sender->rt;
 
@@ -181,33 +184,66 @@ held(const Sender *sender, Pending *pending, int64 now)
 	return !bulk_overdue(sender, now) || pending->nprovisional == pending->nrows;
 }
 
-/* Takes up to max entities that may go out of waiting */
 static int
-choose(Sender *sender, Pending **chosen, int max, int64 now)
+choose_some(Sender *sender, Pending **chosen, int max, int64 now, bool solo, int64 *due_at)
 {
-	Realtime   *rt = &sender->rt;
 	dlist_mutable_iter iter;
-	int64		due_at = PG_INT64_MAX;
 	int			n = 0;
 
-	dlist_foreach_modify(iter, &rt->waiting)
+	dlist_foreach_modify(iter, &sender->rt.waiting)
 	{
 		Pending    *pending = dlist_container(Pending, node, iter.cur);
 
+		if (pending->solo != solo)
+			continue;
 		if (n == max)
 		{
-			due_at = now;
+			*due_at = now;
 			break;
 		}
 		if (pending->not_before <= now && held(sender, pending, now))
 			pending->not_before = now + HELD_MS;
 		if (pending->not_before > now)
-			due_at = Min(due_at, pending->not_before);
+			*due_at = Min(*due_at, pending->not_before);
 		else
 			chosen[n++] = pending;
 	}
+	return n;
+}
+
+/* Takes up to max entities that may go out of waiting, those sent record by
+ * record after what is fresh */
+static int
+choose(Sender *sender, Pending **chosen, int max, int64 now)
+{
+	Realtime   *rt = &sender->rt;
+	int64		due_at = PG_INT64_MAX;
+	int			n;
+
+	n = choose_some(sender, chosen, max, now, false, &due_at);
+	if (rt->solos > 0)
+		n += choose_some(sender, chosen + n, max - n, now, true, &due_at);
 	rt->due_at = due_at == PG_INT64_MAX ? 0 : due_at;
 	return n;
+}
+
+/* What the bulk lane handed over may have been cancelled meanwhile */
+static int
+leave_out_cancelled(Sender *sender, Pending **chosen, int n)
+{
+	int			left = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (!chosen[i]->helped || queue_stands(chosen[i]->rows, chosen[i]->nrows))
+			chosen[left++] = chosen[i];
+		else
+		{
+			pending_free(&sender->rt, chosen[i]);
+			sender->rt.moved = true;	/* to find what is left of it */
+		}
+	}
+	return left;
 }
 
 /* Reads the profiles of one kind's chosen entities and merges */
@@ -241,8 +277,8 @@ merge_chosen(Sender *sender, Pending **chosen, int n, UserpilotKind kind)
 }
 
 /* Deletes the sent rows of entities */
-static void
-delete_sent(Realtime *rt, Pending **done, int n)
+void
+realtime_delete_sent(Realtime *rt, Pending **done, int n)
 {
 	int			total = 0;
 	QueueRow   *rows;
@@ -259,8 +295,8 @@ delete_sent(Realtime *rt, Pending **done, int n)
 }
 
 /* profiles_write takes one kind at a time */
-static void
-write_profiles(Sender *sender, Pending **pending, int n, ProfileStep step)
+void
+realtime_write_profiles(Sender *sender, Pending **pending, int n, ProfileStep step)
 {
 	Profile   **profiles = palloc(Max(n, 1) * sizeof(Profile *));
 
@@ -309,13 +345,20 @@ static int
 within_quota(Sender *sender, Pending **sending, int n, int64 now)
 {
 	Realtime   *rt = &sender->rt;
+	int			per_minute = sender->env->requests_per_minute;
 	int64		wait_until;
-	int			granted = 0;
+	int			fresh = 0;
+	int			granted;
 
 	if (n == 0)
 		return 0;
-	granted = quota_calls_take(sender->env->fingerprint, sender->env->requests_per_minute,
-							   n, now, &wait_until);
+	while (fresh < n && !sending[fresh]->solo)
+		fresh++;
+	granted = quota_calls_take(sender->env->fingerprint, per_minute, fresh, now, &wait_until);
+	/* a tenth is kept for what is fresh */
+	if (granted == fresh)
+		granted += quota_calls_take(sender->env->fingerprint, per_minute - per_minute / 10,
+									n - fresh, now, &wait_until);
 	for (int i = granted; i < n; i++)
 		pending_wait(rt, sending[i], wait_until);
 	if (granted < n)
@@ -361,7 +404,7 @@ realtime_wave(Sender *sender, int64 now)
 
 	if (!sender_still_enabled(sender))
 		return false;
-	n = choose(sender, chosen, room, now);
+	n = leave_out_cancelled(sender, chosen, choose(sender, chosen, room, now));
 	for (int kind = 0; kind < USERPILOT_KINDS; kind++)
 		merge_chosen(sender, chosen, n, kind);
 	for (int i = 0; i < n; i++)
@@ -382,14 +425,14 @@ realtime_wave(Sender *sender, int64 now)
 		make_ready(sender, marked[i]);
 	nnothing = keep_provisional(rt, nothing, nnothing, now);
 
-	write_profiles(sender, nothing, nnothing, PROFILE_RAISED);
-	write_profiles(sender, marked, nmarked, PROFILE_MARKED);
+	realtime_write_profiles(sender, nothing, nnothing, PROFILE_RAISED);
+	realtime_write_profiles(sender, marked, nmarked, PROFILE_MARKED);
 	if (nmarked > 0)
 		ledger_calls(sender->env->server, nmarked);
-	delete_sent(rt, nothing, nnothing);
+	realtime_delete_sent(rt, nothing, nnothing);
 	for (int i = 0; i < nnothing; i++)
 		pending_drop_sent(rt, nothing[i]);
-	look_again_if_room(sender);
+	realtime_look_again(sender);
 	return nmarked > 0;
 }
 
@@ -429,160 +472,6 @@ realtime_start(Sender *sender, int64 now)
 		sender_error(sender, error);
 		pending_wait(rt, pending, now + delivery_entity_backoff(1, 1.0));
 	}
-}
-
-/* ---------------------------------------------------------- the answers */
-
-/* Everything ready goes back: the circuit has opened */
-static void
-withdraw_ready(Sender *sender)
-{
-	Realtime   *rt = &sender->rt;
-	Profile    *profile;
-
-	while (!dlist_is_empty(&rt->ready))
-	{
-		Pending    *pending = dlist_head_element(Pending, node, &rt->ready);
-
-		profile = &pending->profile;
-		profile->attempts--;
-		profiles_set_attempts(sender->env->server, &profile, 1);
-		quota_calls_return(pending->application, 1);
-		rt->nready--;
-		pending_wait(rt, pending, 0);
-	}
-}
-
-/* The sender goes: what was to be called is not */
-void
-realtime_give_back(Sender *sender)
-{
-	dlist_iter	iter;
-
-	dlist_foreach(iter, &sender->rt.ready)
-		quota_calls_return(dlist_container(Pending, node, iter.cur)->application, 1);
-}
-
-static void
-bury(Sender *sender, Pending *pending, const HttpResult *result, const char *error)
-{
-	QueueFailure why = {
-		.http_status = result->status,
-		.error = error,
-		.response = result->body_len > 0 ? sender_error_text(result) : NULL,
-		.attempts = pending->profile.attempts
-	};
-	QueueRow   *rows = palloc(pending->nsent * sizeof(QueueRow));
-
-	for (int r = 0; r < pending->nsent; r++)
-		rows[r] = *pending->rows[r];
-	(void) queue_bury(rows, pending->nsent, &why);
-	ereport(LOG,
-			(errmsg("userpilot: %s \"%s\" went to userpilot_dead_letters: %s",
-					userpilot_kind_name(pending->key.kind), pending->key.id, error)));
-}
-
-/* One answer; entities to learn are collected in learned */
-static void
-answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
-		 Pending **learned, int *nlearned)
-{
-	Realtime   *rt = &sender->rt;
-	DeliveryAnswer answer = sender_answer(sender, DELIVERY_IDENTIFY, result);
-	DeliveryDecision decision;
-	const char *error = NULL;
-	Profile    *profile = &pending->profile;
-	MemoryContext old;
-	HistoryCall call = {
-		.server = sender->env->server,
-		.method = "POST",
-		.path = api_identify_path(pending->key.kind),
-		.kind = pending->key.kind,
-		.entity_id = pending->key.id,
-		.entity_len = pending->key.len
-	};
-
-	answer.records = 1;
-	answer.attempts = profile->attempts;
-	answer.others_succeed = rt->lane.last_success >
-		(pending->failed_at ? pending->failed_at : pending->started_at);
-	decision = delivery_decide(&answer);
-	if (decision.action != DELIVERY_LEARN)
-		error = sender_error_text(result);
-	call.outcome = delivery_action_name(decision.action);
-	call.error = error;
-	history_call(&call, result);
-
-	lane_apply(sender, &rt->lane, &decision, now, error);
-	if (!decision.counts && decision.action != DELIVERY_LEARN && decision.action != DELIVERY_DEAD)
-	{
-		profile->attempts--;
-		profiles_set_attempts(sender->env->server, &profile, 1);
-	}
-
-	switch (decision.action)
-	{
-		case DELIVERY_LEARN:
-			if (pending->provisional)
-			{
-				pending->nprovisional = pending->nsent;
-				pending_wait(rt, pending, now + HELD_MS);
-				break;
-			}
-			old = MemoryContextSwitchTo(pending->merge_context);
-			merge_learn(profile->merge);
-			MemoryContextSwitchTo(old);
-			profile->attempts = 0;
-			pending->failed_at = 0;
-			learned[(*nlearned)++] = pending;
-			break;
-		case DELIVERY_DEAD:
-			bury(sender, pending, result, error);
-			pending_drop_sent(rt, pending);
-			break;
-		case DELIVERY_BACKOFF:
-			pending->failed_at = now;
-			pending_wait(rt, pending, now + delivery_entity_backoff(profile->attempts,
-																	sender_random()));
-			break;
-		case DELIVERY_THROTTLE:
-		case DELIVERY_OUTAGE:
-		case DELIVERY_PAUSE:
-		case DELIVERY_CONFLICT:
-		case DELIVERY_SHRINK:
-		case DELIVERY_DISSOLVE:
-		case DELIVERY_UNKNOWN:
-			pending->failed_at = now;
-			pending_wait(rt, pending, 0);
-			break;
-	}
-	rt->due_at = 0;
-}
-
-void
-realtime_answered(Sender *sender, HttpResult **results, int n, int64 now)
-{
-	Realtime   *rt = &sender->rt;
-	Pending   **learned = palloc(Max(n, 1) * sizeof(Pending *));
-	int			nlearned = 0;
-
-	for (int i = 0; i < n; i++)
-	{
-		Call	   *call = results[i]->owner;
-		Pending    *pending = call->pending;
-
-		rt->ncalling--;
-		quota_calls_ended(call->application, 1, now);
-		answered(sender, pending, results[i], now, learned, &nlearned);
-	}
-	write_profiles(sender, learned, nlearned, PROFILE_LEARNED);
-	delete_sent(rt, learned, nlearned);
-	for (int i = 0; i < nlearned; i++)
-		pending_drop_sent(rt, learned[i]);
-	sender_delivered(sender, nlearned);
-	if (rt->lane.outages > 0 || sender->paused)
-		withdraw_ready(sender);
-	look_again_if_room(sender);
 }
 
 /* When the lane wants to act next, given nothing new; INT64_MAX: never */

@@ -46,7 +46,8 @@ typedef struct Pending
 	MemoryContext context;		/* of this and all it points to */
 	dlist_node	node;			/* in waiting, ready or calling */
 	PendingState state;
-	bool		solo;			/* record of a dissolved job */
+	bool		solo;			/* handed over by the bulk lane, all its rows */
+	bool		helped;			/* ... to spare a job the record, not dissolved */
 	QueueRow  **rows;
 	int			nrows;
 	int			maxrows;
@@ -118,6 +119,7 @@ typedef struct Bulk
 	entities_hash *solo;		/* ... of dissolved jobs */
 	BlockNumber position;		/* the next sweep begins here */
 	bool		dirty;			/* something may be there to sweep */
+	bool		after_solos;	/* ... once the real-time lane has sent them */
 	int			record_limit;	/* halved by 413, doubled by success */
 	int64		next_at;
 	int64		since;			/* submitted, or waiting for the slot */
@@ -205,8 +207,8 @@ extern bool realtime_wave(Sender *sender, int64 now);
 extern void realtime_start(Sender *sender, int64 now);
 extern void realtime_answered(Sender *sender, HttpResult **results, int n, int64 now);
 extern bool realtime_backlogged(const Sender *sender);
-extern bool realtime_in_flight(const Sender *sender, EntityKey key);
-extern void realtime_add_solo(Sender *sender, QueueRow **rows, int n);
+extern bool realtime_in_flight(const Sender *sender, EntityKey key, uint32 hash);
+extern void realtime_add_solo(Sender *sender, QueueRow **rows, int n, bool helped);
 extern int64 realtime_next_at(const Sender *sender, int64 now);
 
 /* bulk.c, bulk_prepare.c, sweep.c */

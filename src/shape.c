@@ -46,7 +46,10 @@ shape_excludes(const Shape *shape, const char *name, int len)
 {
 	for (int i = 0; i < shape->nexcluded; i++)
 	{
-		if (strncmp(shape->excluded[i], name, len) == 0 && shape->excluded[i][len] == '\0')
+		int			n = strlen(shape->excluded[i]);
+
+		/* an object's members go with it, flattened here or before */
+		if (n <= len && strncmp(shape->excluded[i], name, n) == 0 && (n == len || name[n] == '.'))
 			return true;
 	}
 	return false;

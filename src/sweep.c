@@ -33,6 +33,12 @@
 /* Profiles are read and written so many at a time */
 #define GROUP 1000
 
+/* What the real-time lane is handed of a bulk backlog is held in memory; less
+ * than the smallest number is left to a last job */
+#define HELP_MIN_ROWS 1000
+#define HELP_ROWS 10000
+#define HELP_BYTES (16 * 1024 * 1024)
+
 /* Positions kept for deletion; further rows wait for the next sweep */
 #define MAX_POSITIONS 2000000
 
@@ -40,7 +46,8 @@ typedef enum SweepSort
 {
 	SWEEP_JOB,
 	SWEEP_DONE,
-	SWEEP_SOLO
+	SWEEP_SOLO,
+	SWEEP_HELP					/* for no job now: the real-time lane's, perhaps */
 } SweepSort;
 
 typedef struct Swept
@@ -71,6 +78,13 @@ typedef struct Sweep
 	bool		solo_seen;
 	int64	   *pending;		/* rows left of each bulk SELECT */
 
+	/* entities the real-time lane may still take of what is left out */
+	int			help;
+	int			help_rows;
+	Size		help_bytes;
+	int64		left_rows;
+	bool		solo_waits;
+
 	/* the job being written */
 	StringInfoData chunk;
 	int			nchunks;
@@ -82,20 +96,46 @@ typedef struct Sweep
 
 /* Of a real-time backlog the lane keeps its share of both lanes' capacity */
 static bool
-stays_in_realtime(const QueueRow *row)
+stays_in_realtime(uint32 hash)
 {
-	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
-
-	return entity_hash(key) % (USERPILOT_REQUESTS_PER_MINUTE + USERPILOT_RECORDS_PER_MINUTE) <
+	return hash % (USERPILOT_REQUESTS_PER_MINUTE + USERPILOT_RECORDS_PER_MINUTE) <
 		USERPILOT_REQUESTS_PER_MINUTE;
 }
 
+/*
+ * While a job runs, the real-time lane sends as many of the records that are
+ * not in it as its limit allows, but for the tenth it keeps for what is fresh.
+ * So both lanes finish together.
+ */
+static int
+room_for_help(const Sender *sender)
+{
+	const Realtime *rt = &sender->rt;
+	int			per_minute = Min(sender->env->requests_per_minute,
+								 USERPILOT_REQUESTS_PER_MINUTE);
+
+	if (rt->overflow || rt->lane.outages > 0 || rt->lane.throttled > 0 || sender->paused)
+		return 0;
+	return (int64) sender->bulk.record_limit * (per_minute - per_minute / 10) /
+		USERPILOT_RECORDS_PER_MINUTE - (int) rt->pending->members;
+}
+
 static bool
-takes_into_job(Sweep *sweep, const QueueRow *row)
+realtime_may_help(Sweep *sweep, const QueueRow *row)
+{
+	if (!row->bulk || sweep->help <= 0 || sweep->help_rows >= HELP_ROWS ||
+		sweep->help_bytes >= HELP_BYTES)
+		return false;
+	sweep->help--;
+	return true;
+}
+
+static bool
+takes_into_job(Sweep *sweep, const QueueRow *row, uint32 hash)
 {
 	Sender	   *sender = sweep->sender;
 
-	if (!row->bulk && (!realtime_backlogged(sender) || stays_in_realtime(row)))
+	if (!row->bulk && (!realtime_backlogged(sender) || stays_in_realtime(hash)))
 		return false;
 	if ((sweep->kind_chosen && row->kind != sweep->kind) ||
 		sweep->njob >= sender->bulk.record_limit)
@@ -120,23 +160,28 @@ count_batch(Sweep *sweep, int64 batch, int rows)
 
 /* Whether, and as what, a row's entity is taken along */
 static bool
-sort_of(Sweep *sweep, const QueueRow *row, EntityKey key, SweepSort *sort)
+sort_of(Sweep *sweep, const QueueRow *row, EntityKey key, uint32 hash, SweepSort *sort)
 {
 	Bulk	   *bulk = &sweep->sender->bulk;
 
-	if (realtime_in_flight(sweep->sender, key))
+	if (realtime_in_flight(sweep->sender, key, hash))
 	{
-		sweep->left_out |= row->bulk;
+		sweep->solo_waits |= row->bulk;
 		return false;
 	}
-	if (bulk->solo && entities_lookup(bulk->solo, key))
+	if (bulk->solo && entities_lookup_hash(bulk->solo, key, hash))
 		*sort = SWEEP_SOLO;
-	else if (bulk->done && entities_lookup(bulk->done, key))
+	else if (bulk->done && entities_lookup_hash(bulk->done, key, hash))
 		*sort = SWEEP_DONE;
-	else if (takes_into_job(sweep, row))
+	else if (takes_into_job(sweep, row, hash))
 		*sort = SWEEP_JOB;
+	else if (realtime_may_help(sweep, row))
+		*sort = SWEEP_HELP;
 	else
+	{
+		sweep->left_rows += row->bulk;
 		return false;
+	}
 	return true;
 }
 
@@ -175,8 +220,13 @@ static void
 add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 {
 	queue_fold(swept->profile.merge, &sweep->sender->bulk.batches, row);
-	if (swept->sort == SWEEP_SOLO)
+	if (swept->sort == SWEEP_SOLO || swept->sort == SWEEP_HELP)
 		swept->copies = lappend(swept->copies, queue_row_copy(row));
+	if (swept->sort == SWEEP_HELP)
+	{
+		sweep->help_rows++;
+		sweep->help_bytes += VARSIZE_ANY(row->metadata);
+	}
 	if (sweep->positions >= MAX_POSITIONS)
 		return;
 	if (swept->nrows == swept->maxrows)
@@ -201,7 +251,8 @@ sweep_row(const QueueRow *row, void *arg)
 	Sweep	   *sweep = arg;
 	Sender	   *sender = sweep->sender;
 	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
-	EntityEntry *entry = entities_lookup(sweep->table, key);
+	uint32		hash = entity_hash(key);	/* once for all tables: every row is here */
+	EntityEntry *entry = entities_lookup_hash(sweep->table, key, hash);
 	Swept	   *swept = entry ? entry->data : NULL;
 	MemoryContext old;
 	SweepSort	sort;
@@ -212,7 +263,7 @@ sweep_row(const QueueRow *row, void *arg)
 		sender->oldest = row->enqueued_at;
 
 	old = MemoryContextSwitchTo(sweep->context);
-	if (swept == NULL && sort_of(sweep, row, key, &sort))
+	if (swept == NULL && sort_of(sweep, row, key, hash, &sort))
 		swept = admit(sweep, row, key, sort);
 	if (swept != NULL)
 		add_row(sweep, swept, row);
@@ -428,8 +479,9 @@ hand_to_realtime(Sweep *sweep, Swept *swept)
 
 	for (int i = 0; i < n; i++)
 		rows[i] = list_nth(swept->copies, i);
-	realtime_add_solo(sweep->sender, rows, n);
-	sweep->solo_seen = true;
+	realtime_add_solo(sweep->sender, rows, n, swept->sort == SWEEP_HELP);
+	sweep->solo_seen |= swept->sort == SWEEP_SOLO;
+	sweep->solo_waits = true;
 }
 
 /* Decides every entity; returns how many records are in the job */
@@ -437,6 +489,7 @@ static void
 decide(Sweep *sweep)
 {
 	Swept	  **nothing = palloc(Max(sweep->nswept, 1) * sizeof(Swept *));
+	bool		help = sweep->help_rows + sweep->left_rows >= HELP_MIN_ROWS;
 	int			nnothing = 0;
 	bool		full = false;
 
@@ -452,9 +505,9 @@ decide(Sweep *sweep)
 			merge_mark(swept->profile.merge);
 			nothing[nnothing++] = swept;
 		}
-		else if (swept->sort == SWEEP_SOLO)
+		else if (swept->sort == SWEEP_SOLO || (swept->sort == SWEEP_HELP && help))
 			hand_to_realtime(sweep, swept);
-		else if (swept->sort == SWEEP_DONE || full || !add_record(sweep, swept))
+		else if (swept->sort != SWEEP_JOB || full || !add_record(sweep, swept))
 		{
 			full |= swept->sort == SWEEP_JOB;
 			sweep->left_out = true;
@@ -510,6 +563,7 @@ bulk_prepare(Sender *sender)
 
 	Assert(bulk->flying == NULL);
 	sweep.sender = sender;
+	sweep.help = room_for_help(sender);
 	sweep.context = AllocSetContextCreate(CurrentMemoryContext, "userpilot sweep",
 										  ALLOCSET_DEFAULT_SIZES);
 	old = MemoryContextSwitchTo(sweep.context);
@@ -529,6 +583,7 @@ bulk_prepare(Sender *sender)
 	queue_batches_progress(&bulk->batches, sweep.pending);
 	bulk->position = sweep.left_out ? sweep.next_start : 0;
 	bulk->dirty = sweep.left_out;
+	bulk->after_solos = sweep.solo_waits;
 
 	MemoryContextSwitchTo(old);
 	MemoryContextDelete(sweep.context);

@@ -35,7 +35,7 @@ LAYERS = [
     [["intake", "known"]],
     # the lanes of one server
     [["step"],
-     ["sender", "realtime", "pending", "bulk", "bulk_job", "bulk_answers",
+     ["sender", "realtime", "realtime_answers", "pending", "bulk", "bulk_job", "bulk_answers",
       "sweep"]],
     # entry points
     [["worker"], ["functions"], ["aggregates"], ["triggers"],

@@ -1,5 +1,5 @@
 # Every way an HTTP exchange can go wrong, in every phase of it, with every sort
-# of call: connect, request, headers, body, after the body.  It is the protocol
+# sort of call: connect, TLS, request, headers, body, after it.  It is the protocol
 # itself that is broken here; t/003_faults.pl and t/006_jobs.pl do the same with
 # statuses, silence and garbled answers.  After every cell Userpilot has what
 # the tables say and nothing died; in the end no redirect was followed, no
@@ -17,6 +17,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time usleep);
 use Userpilot;
+use Userpilot::Deaf;
 use Userpilot::Faults;
 
 plan skip_all => 'needs /proc' unless -r '/proc/self/smaps_rollup';
@@ -181,6 +182,68 @@ foreach my $call (sort keys %calls)
 		$cells{ $fault->[0] }++;
 		$cells{all}++;
 	}
+}
+
+# ------------------------------------------------------------------------- TLS
+
+# A certificate for a name, signed by itself; -1 days: it ended yesterday
+sub certificate
+{
+	my ($name, $days) = @_;
+	my $base = $node->basedir . "/$name." . ($days + 1);
+
+	system_or_bail('openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', 30,
+		'-subj', "/CN=$name", '-addext', "subjectAltName=DNS:$name", '-keyout', "$base.key", '-out', "$base.crt");
+	system_or_bail('openssl', 'x509', '-in', "$base.crt", '-days', $days, '-signkey', "$base.key",
+		'-out', "$base$days.crt");
+	return ("$base$days.crt", "$base.key");
+}
+
+# Peers at https://localhost: what is trusted, port, what is taken for what
+sub tls_peers
+{
+	my ($other, $other_key) = certificate('elsewhere.example', 30);
+	my ($good, $good_key)   = certificate('localhost', 30);
+	my ($old, $old_key)     = certificate('localhost', -1);
+	my $peer = sub { return Userpilot::StandIn->new(@_ ? ('tls-cert' => $_[0], 'tls-key' => $_[1]) : ()); };
+
+	return (
+		[ 'right',             $peer->($good, $good_key),   $good,  qr/^acknowledged$/ ],
+		[ 'unknown authority', $peer->($good, $good_key),   undef,  qr/^outage$/ ],
+		[ 'another name',      $peer->($other, $other_key), $other, qr/^outage$/ ],
+		[ 'expired',           $peer->($old, $old_key),     $old,   qr/^outage$/ ],
+		[ 'no TLS',            $peer->(),                   undef,  qr/^outage$/ ],
+		[ 'no handshake',      Userpilot::Deaf->new,        undef,  qr/^outage$/ ]);
+}
+
+# Both lanes meet that peer; then the endpoint is the right one again
+sub tls_cell
+{
+	my ($what, $peer, $ca, $outcome) = @_;
+	my $port = $peer->{port} // $peer->port;
+	my $calls = q{SELECT count(DISTINCT path) FROM userpilot_requests WHERE path ~ 'identify$|background_jobs$'};
+
+	forget($node, 'postgres', 'requests', 'jobs');
+	sql("ALTER SERVER userpilot OPTIONS (SET endpoint 'https://localhost:$port'" . ($ca ? ", ADD ca_file '$ca')" : ')'));
+	change('bulk');
+	sql('UPDATE accounts SET version = version + 1 WHERE id <= 5');
+	until_true('both lanes have called', sub { return sql($calls) >= 2; });
+	like(outcomes($node, 'postgres', '.'), $outcome, "TLS: $what");
+	is(sql('SELECT count(*) FROM userpilot_profiles WHERE attempts > 1'), 0, '... uses up no attempt');
+	delivered($node, 'postgres') if $what eq 'right';
+	sql("ALTER SERVER userpilot OPTIONS (SET endpoint '" . $api->url . "'" . ($ca ? ', DROP ca_file)' : ')'));
+	change($_) foreach 'realtime', 'bulk';
+	delivered($node, 'postgres');
+	is(dead_letters($node, 'postgres'), 0, '... nothing died');
+	oracle_equals($node, 'postgres', $api, '...', companies => 'SELECT * FROM account_meta');
+	return;
+}
+
+foreach my $peer (tls_peers())
+{
+	tls_cell(@$peer);
+	$cells{TLS} += 2;
+	$cells{all} += 2;
 }
 append_to_file("$file.stop", '');
 { local $?; waitpid($watcher, 0); }

@@ -84,9 +84,12 @@ sub waiting_worker
 sub nothing_arrives
 {
 	my ($name, $before) = @_;
-	my $looks = 0;
 
-	$looks++ while $looks < 20 && calls() == $before && !usleep(20_000);
+	foreach my $look (1 .. 20)
+	{
+		last if calls() != $before;
+		usleep(20_000);
+	}
 	return is(calls() - $before, 0, $name);
 }
 
@@ -144,8 +147,12 @@ sub lose_primary
 	my $committed;
 
 	note_processes($standby);
+	usleep(rand 500_000) if !$cut;
+
+	# so that there is something to go on with
+	sql('SET synchronous_commit = on; INSERT INTO once (value) SELECT 1 FROM generate_series(1, 500)');
 	kill 'STOP', $sender if $cut;
-	usleep(rand 500_000);
+	usleep(rand 500_000) if $cut;
 	$committed = committed();
 	kill 'KILL', $sender if $cut;
 	$node->stop('immediate', fail_ok => 1);

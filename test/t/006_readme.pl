@@ -26,8 +26,8 @@ my $key  = $node->basedir . '/userpilot.key';
 
 # Companies and people as the README's blocks send them
 my %tour = (
-	companies => q{SELECT id, jsonb_build_object('name', name, 'plan', plan) AS metadata
-		FROM accounts},
+	companies => q{SELECT id, jsonb_build_object('name', name, 'plan', plan,
+		'monthly_spend', mrr) AS metadata FROM accounts},
 	users => q{SELECT id, jsonb_build_object('email', email) AS metadata,
 		account_id::text AS company_id FROM people});
 
@@ -73,19 +73,19 @@ sub replaced
 	return $sql;
 }
 
-# Runs a block as one test; returns its messages
+# Runs a block as one test; returns its messages and its rows
 sub run_block
 {
 	my ($page, $block) = @_;
 	my $late = 0;
-	my ($rc, undef, $err) = $node->psql(
+	my ($rc, $out, $err) = $node->psql(
 		'postgres', replaced($block->{sql}),
 		timeout   => $Userpilot::PATIENCE,
 		timed_out => \$late);
 
 	is($late ? 'too long' : $rc, 0, "$page, line $block->{line}: runs")
 	  or diag("$block->{sql}\n$err\n", status($node, 'postgres')->{advice} // '');
-	return $err;
+	return ($err, $out);
 }
 
 # How many records have left for a stand-in, one by one or in jobs
@@ -96,30 +96,40 @@ sub records_sent
 	return $counters->{bulk_records} + $counters->{calls}{identify};
 }
 
+sub jobs
+{
+	return sql('SELECT count(*) FROM userpilot_jobs');
+}
+
 umask 0077;
 append_to_file($key, $api{us}->key . "\n");
 sql('CREATE ROLE app LOGIN');
 
 # --- the README ---
 
-my (@jobs, @sent, $checks);
+my (@synced, @before, $checks);
 foreach my $block (blocks('README.md'))
 {
-	my $err = run_block('README.md', $block);
+	my $syncs = $block->{sql} =~ /userpilot_sync_table/;
 
-	$checks .= $err if $block->{sql} =~ /userpilot_check/;
-	push @jobs, sql('SELECT count(*) FROM userpilot_jobs');
-	push @sent, records_sent($api{us});
+	@before = (jobs(), records_sent($api{us})) if $syncs;
+	my ($err, $out) = run_block('README.md', $block);
+	push @synced, split /\n/, $out if $syncs;
+	$checks .= $err if $block->{sql} =~ /userpilot_check\(/;
 }
+delivered($node, 'postgres');
 
 is( join("\n", grep { /\[!!\]/ && !/ makes this database the sender$/ } split /\n/, $checks // ''),
 	'', 'userpilot_check finds all well, but that nobody is the sender');
 like($checks, qr/\[ok\] the API key is accepted/, '... and has asked Userpilot');
-cmp_ok($jobs[-1], '>', 0, 'there were jobs');
-is($jobs[-1], $jobs[-2], '... and none more for what Userpilot has already');
-is($sent[-1], $sent[-2], '... which was not sent again in real time either');
+is_deeply(\@synced, [ '2500|2500|0|0', '500|500|0|0', '2500|0|2500|0' ],
+	'the tables are queued as a whole, and a second time not at all');
+cmp_ok($before[0], '>', 0, 'there were jobs');
+is(jobs(), $before[0], '... and none more for what Userpilot has already');
+is(records_sent($api{us}), $before[1],
+	'... which was not sent again in real time either');
 is_deeply($api{us}->entity('companies', '42'),
-	{ metadata => { name => 'Company 42', plan => 'enterprise' } },
+	{ metadata => { name => 'Company 42', plan => 'enterprise', monthly_spend => 42 } },
 	'the single change has arrived');
 oracle_equals($node, 'postgres', $api{us}, 'README', %tour);
 is(dead_letters($node, 'postgres'), 0, 'no dead letters');
