@@ -732,7 +732,7 @@ BEGIN ATOMIC
 	), moved AS (
 		INSERT INTO userpilot_queue (lsn, xid, enqueued_at, batch, bulk, server, kind, entity_id, company_id, metadata)
 		SELECT b.lsn, b.xid, b.enqueued_at, b.batch, b.bulk, b.server, b.kind, b.entity_id, b.company_id, b.metadata
-		FROM back b ORDER BY b.id
+		FROM back b ORDER BY b.lsn
 		RETURNING 1
 	)
 	SELECT count(*) FROM moved;

@@ -433,8 +433,18 @@ wait_ready(Http *http, WaitEventSet *set, long timeout_ms, uint32 wait_event,
 	return WaitEventSetWait(set, 0, ready, n, wait_event);
 }
 
-bool
-http_wait(Http *http, long timeout_ms, uint32 wait_event)
+/* libcurl's own timer: what was just started is due at once */
+static void
+drive_if_due(Http *http)
+{
+	if (http->timer_ms < 0 || sleep_ms(http, -1) > 0)
+		return;
+	http->timer_ms = -1;		/* libcurl sets it anew */
+	drive(http, CURL_SOCKET_TIMEOUT, 0);
+}
+
+static bool
+wait_and_drive(Http *http, long timeout_ms, uint32 wait_event)
 {
 	WaitEvent  *ready = palloc(sizeof(WaitEvent) * (http->nsockets + 2));
 	WaitEventSet *set = compat_create_wait_event_set(http->nsockets + 2);
@@ -465,13 +475,17 @@ http_wait(Http *http, long timeout_ms, uint32 wait_event)
 		drive(http, ready[i].fd, events);
 	}
 	pfree(ready);
-	if (http->timer_ms >= 0 && sleep_ms(http, -1) == 0)
-	{
-		http->timer_ms = -1;	/* libcurl sets it anew */
-		drive(http, CURL_SOCKET_TIMEOUT, 0);
-	}
+	drive_if_due(http);
 	collect(http);
 	return latched;
+}
+
+bool
+http_wait(Http *http, long timeout_ms, uint32 wait_event)
+{
+	/* before sockets are waited for: it may open some */
+	drive_if_due(http);
+	return wait_and_drive(http, timeout_ms, wait_event);
 }
 
 HttpResult *

@@ -382,6 +382,8 @@ set_request(HttpTransfer *transfer, const HttpCall *call, const char **error)
 	{
 		SETOPT(easy, CURLOPT_POST, 1L);
 		SETOPT(easy, CURLOPT_POSTFIELDSIZE_LARGE, transfer->size);
+		/* so libcurl can send a small body together with the headers */
+		SETOPT(easy, CURLOPT_POSTFIELDS, transfer->npieces == 1 ? transfer->body[0].data : NULL);
 		SETOPT(easy, CURLOPT_READFUNCTION, read_body);
 		SETOPT(easy, CURLOPT_READDATA, transfer);
 		SETOPT(easy, CURLOPT_SEEKFUNCTION, seek_body);

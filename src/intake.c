@@ -8,9 +8,12 @@
  */
 #include "postgres.h"
 
+#include "access/transam.h"
+#include "access/xact.h"
 #include "miscadmin.h"
 #include "utils/datum.h"
 #include "utils/memutils.h"
+#include "utils/snapmgr.h"
 
 #include "intake.h"
 #include "known.h"
@@ -23,6 +26,7 @@ struct Intake
 	EnvironmentRef server;
 	UserpilotKind kind;
 	QueueBatch *batch;			/* NULL: a preview */
+	TransactionId order;		/* of the state it reads among others, as in merge.c */
 	Known	   *known;			/* NULL: nothing may be left out */
 	MemoryContext context;		/* what the gathered rows point to */
 	int			n;
@@ -30,6 +34,39 @@ struct Intake
 	QueueChange changes[GROUP_ROWS];
 	IntakeCounts *counts[GROUP_ROWS];
 };
+
+/*
+ * The latest state of which this transaction has left rows out, by kind.  Its
+ * own cursors may still read older ones, which known.c does not see.
+ */
+static struct
+{
+	FullTransactionId xid;
+	TransactionId order;
+}			left_out[USERPILOT_KINDS];
+
+static void
+check_order(const Intake *intake)
+{
+	if (intake->batch != NULL &&
+		FullTransactionIdEquals(left_out[intake->kind].xid, GetTopFullTransactionId()) &&
+		(int32) (intake->order - left_out[intake->kind].order) < 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+				 errmsg("a bulk SELECT cannot read an older state than one before it in this transaction"),
+				 errhint("Open its cursor, or call what runs it, after the other has ended.")));
+}
+
+static void
+note_left_out(const Intake *intake)
+{
+	FullTransactionId xid = GetTopFullTransactionId();
+
+	if (!FullTransactionIdEquals(left_out[intake->kind].xid, xid) ||
+		(int32) (intake->order - left_out[intake->kind].order) > 0)
+		left_out[intake->kind].order = intake->order;
+	left_out[intake->kind].xid = xid;
+}
 
 Intake *
 intake_open(const EnvironmentRef *server, UserpilotKind kind, const char *command)
@@ -43,6 +80,7 @@ intake_open(const EnvironmentRef *server, UserpilotKind kind, const char *comman
 	intake->kind = kind;
 	intake->context = AllocSetContextCreate(CurrentMemoryContext, "userpilot intake",
 											ALLOCSET_DEFAULT_SIZES);
+	intake->order = GetActiveSnapshot()->xmax - GetActiveSnapshot()->xcnt;
 	if (command != NULL)
 	{
 		judged = known_may_leave_out(server, kind) && !queue_in_command(kind);
@@ -71,6 +109,7 @@ intake_add(Intake *intake, const QueueChange *change, IntakeCounts *counts)
 	QueueChange *copy = &intake->changes[intake->n];
 	MemoryContext old;
 
+	check_order(intake);
 	counts->rows++;
 	if (intake->known == NULL)
 	{
@@ -105,7 +144,7 @@ intake_refuse(Intake *intake, const QueueChange *change, const char *error,
 		QueueChange row = *change;
 
 		row.server = intake->server.name;
-		queue_refuse(&row, error);
+		queue_refuse(&row, error, true);
 		queue_batch_note(intake->batch, 0, 1);
 	}
 }
@@ -134,6 +173,8 @@ intake_flush(Intake *intake)
 	MemoryContextReset(intake->context);
 	if (intake->batch != NULL)
 	{
+		if (unchanged > 0)
+			note_left_out(intake);
 		queue_batch_note(intake->batch, unchanged, 0);
 		queue_batch_flush(intake->batch);
 	}

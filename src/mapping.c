@@ -23,6 +23,7 @@
 #include "utils/numeric.h"
 #include "utils/timestamp.h"
 
+#include "change.h"
 #include "compat.h"
 #include "environment.h"
 #include "mapping.h"
@@ -114,6 +115,31 @@ conversion_of(Oid type)
 	}
 }
 
+/* Whether a type's output names objects, by their place in the search_path */
+static bool
+outputs_names(Oid type)
+{
+	Oid			element = get_element_type(type);
+
+	switch (OidIsValid(element) ? getBaseType(element) : type)
+	{
+		case REGCLASSOID:
+		case REGCOLLATIONOID:
+		case REGCONFIGOID:
+		case REGDICTIONARYOID:
+		case REGNAMESPACEOID:
+		case REGOPEROID:
+		case REGOPERATOROID:
+		case REGPROCOID:
+		case REGPROCEDUREOID:
+		case REGROLEOID:
+		case REGTYPEOID:
+			return true;
+		default:
+			return get_typtype(type) == TYPTYPE_COMPOSITE;
+	}
+}
+
 /* Property and column of 'column' or 'column AS property' */
 static void
 split_argument(const char *arg, TupleDesc desc, char **column, char **property, bool *renamed)
@@ -182,6 +208,7 @@ add_column(Mapping *mapping, TupleDesc desc, char *column, char *property, bool 
 		fmgr_info(output, &added->output);
 		mapping->pins_settings |= get_typtype(added->type) != TYPTYPE_ENUM &&
 			added->type != UUIDOID;
+		mapping->pins_names |= outputs_names(added->type);
 	}
 	mapping->ncolumns++;
 }
@@ -405,34 +432,80 @@ spread(JsonbParseState **state, JsonbContainer *object, const char *prefix, bool
 	}
 }
 
-static Jsonb *
-column_jsonb(const MappingColumn *column, TupleTableSlot *slot)
+/* A value being made, which may turn out to be none that jsonb can hold */
+typedef struct Conversion
 {
-	bool		isnull;
-	Datum		d = slot_getattr(slot, column->attnum, &isnull);
+	Datum		json;
+	JsonbValue *value;
+	Jsonb	   *result;
+} Conversion;
 
+static void
+convert_json(void *arg)
+{
+	Conversion *conversion = arg;
+
+	conversion->result = DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
+															CStringGetDatum(TextDatumGetCString(conversion->json))));
+}
+
+static void
+convert_value(void *arg)
+{
+	Conversion *conversion = arg;
+
+	conversion->result = JsonbValueToJsonb(conversion->value);
+}
+
+/* What type json takes and jsonb does not (\u0000, huge numbers) is NULL */
+static Jsonb *
+column_jsonb(const MappingColumn *column, TupleTableSlot *slot, char **complaint)
+{
+	Conversion	conversion = {0};
+	bool		isnull;
+	char	   *problem;
+
+	conversion.json = slot_getattr(slot, column->attnum, &isnull);
 	if (isnull)
 		return NULL;
-	if (column->type == JSONOID)
-		return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(TextDatumGetCString(d))));
-	return DatumGetJsonbP(d);
+	if (column->type != JSONOID)
+		return DatumGetJsonbP(conversion.json);
+	problem = change_complaint(convert_json, &conversion);
+	if (problem != NULL && complaint != NULL)
+		*complaint = psprintf("column \"%s\": %s", column->column, problem);
+	return problem == NULL ? conversion.result : NULL;
+}
+
+static char *
+json_prefix(const MappingColumn *column)
+{
+	return column->renamed ? psprintf("%s.", column->property) : "";
+}
+
+/* What a JSON column said before is null unless something says it still */
+static void
+push_json_before(JsonbParseState **state, const MappingColumn *column, bool flatten,
+				 TupleTableSlot *before)
+{
+	Jsonb	   *old = column_jsonb(column, before, NULL);
+	JsonbValue	null = {.type = jbvNull};
+
+	if (old == NULL)
+		return;
+	if (JB_ROOT_IS_OBJECT(old))
+		spread(state, &old->root, json_prefix(column), flatten, true);
+	else
+		push(state, column->property, strlen(column->property), &null);
 }
 
 static void
 push_json(JsonbParseState **state, const MappingColumn *column, bool flatten,
-		  TupleTableSlot *before, TupleTableSlot *row)
+		  TupleTableSlot *row, char **complaint)
 {
-	char	   *prefix = column->renamed ? psprintf("%s.", column->property) : "";
-	Jsonb	   *old = before ? column_jsonb(column, before) : NULL;
-	Jsonb	   *new = column_jsonb(column, row);
-	JsonbValue	null = {.type = jbvNull};
+	char	   *prefix = json_prefix(column);
+	Jsonb	   *new = column_jsonb(column, row, complaint);
 	JsonbValue	value;
 
-	/* what is there still comes after, and wins */
-	if (old != NULL && JB_ROOT_IS_OBJECT(old))
-		spread(state, &old->root, prefix, flatten, true);
-	else if (old != NULL)
-		push(state, column->property, strlen(column->property), &null);
 	if (new == NULL)
 		return;
 	if (JB_ROOT_IS_OBJECT(new))
@@ -453,15 +526,18 @@ push_json(JsonbParseState **state, const MappingColumn *column, bool flatten,
 
 /* Undone by AtEOXact_GUC(true, level) */
 static int
-pin_output_settings(void)
+pin_output_settings(bool names)
 {
 	static const char *const settings[][2] = {
 		{"datestyle", "ISO, YMD"}, {"intervalstyle", "postgres"}, {"timezone", "UTC"},
-		{"extra_float_digits", "1"}, {"bytea_output", "hex"}, {"lc_monetary", "C"}
+		{"extra_float_digits", "1"}, {"bytea_output", "hex"}, {"lc_monetary", "C"},
+		/* of names; the first costs more than all others */
+		{"search_path", "pg_catalog"}, {"quote_all_identifiers", "off"}
 	};
 	int			level = NewGUCNestLevel();
+	int			n = names ? lengthof(settings) : lengthof(settings) - 2;
 
-	for (int i = 0; i < (int) lengthof(settings); i++)
+	for (int i = 0; i < n; i++)
 	{
 		const char *now = GetConfigOption(settings[i][0], false, false);
 
@@ -474,13 +550,21 @@ pin_output_settings(void)
 
 Jsonb *
 mapping_metadata(const Mapping *mapping, bool flatten, TupleTableSlot *before,
-				 TupleTableSlot *row)
+				 TupleTableSlot *row, char **complaint)
 {
-	int			level = mapping->pins_settings ? pin_output_settings() : 0;
+	int			level = mapping->pins_settings ? pin_output_settings(mapping->pins_names) : 0;
 	JsonbParseState *state = NULL;
-	JsonbValue *result;
+	Conversion	conversion = {0};
+	char	   *problem;
 
+	*complaint = NULL;
 	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
+	/* first, as of two values of a property the later one wins */
+	for (int i = 0; before != NULL && i < mapping->ncolumns; i++)
+	{
+		if (mapping->columns[i].conversion == CONVERT_JSON)
+			push_json_before(&state, &mapping->columns[i], flatten, before);
+	}
 	for (int i = 0; i < mapping->ncolumns; i++)
 	{
 		const MappingColumn *column = &mapping->columns[i];
@@ -490,7 +574,7 @@ mapping_metadata(const Mapping *mapping, bool flatten, TupleTableSlot *before,
 
 		if (column->conversion == CONVERT_JSON)
 		{
-			push_json(&state, column, flatten, before, row);
+			push_json(&state, column, flatten, row, complaint);
 			continue;
 		}
 		d = slot_getattr(row, column->attnum, &isnull);
@@ -498,8 +582,12 @@ mapping_metadata(const Mapping *mapping, bool flatten, TupleTableSlot *before,
 			scalar_value(column, d, &value);
 		push(&state, column->property, strlen(column->property), &value);
 	}
-	result = pushJsonbValue(&state, WJB_END_OBJECT, NULL);
+	conversion.value = pushJsonbValue(&state, WJB_END_OBJECT, NULL);
 	if (mapping->pins_settings)
 		AtEOXact_GUC(true, level);
-	return JsonbValueToJsonb(result);
+	problem = change_complaint(convert_value, &conversion);
+	if (problem == NULL)
+		return conversion.result;
+	*complaint = problem;
+	return change_no_metadata();
 }

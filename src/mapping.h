@@ -50,6 +50,7 @@ typedef struct Mapping
 	int			ncolumns;
 	MappingColumn *columns;
 	bool		pins_settings;	/* some output depends on settings */
+	bool		pins_names;		/* ... on the search_path, too */
 	List	   *problems;		/* char *: what is wrong with the arguments */
 } Mapping;
 
@@ -69,9 +70,11 @@ extern bool mapping_changed(const Mapping *mapping, TupleTableSlot *before,
 /*
  * A row's metadata.  Keys that a JSON column had before (NULL: not looked at)
  * and has no more become null, so that Userpilot removes them.  Objects in
- * objects are flattened or left out.
+ * objects are flattened or left out.  What cannot be JSON is left out and
+ * complained of, else *complaint is NULL.
  */
 extern Jsonb *mapping_metadata(const Mapping *mapping, bool flatten,
-							   TupleTableSlot *before, TupleTableSlot *row);
+							   TupleTableSlot *before, TupleTableSlot *row,
+							   char **complaint);
 
 #endif

@@ -20,6 +20,7 @@
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/pg_type.h"
+#include "common/hashfn.h"
 #include "executor/executor.h"
 #include "miscadmin.h"
 #include "nodes/nodeFuncs.h"
@@ -67,7 +68,6 @@ static OpenQueue open_queue = {0};
 static int	rows_in_transaction = 0;
 static bool queued_in_transaction = false;
 static CommandId queued_in[USERPILOT_KINDS] = {InvalidCommandId, InvalidCommandId};
-static int	refused_in_transaction = 0;
 
 void
 queue_check_shape(Relation rel)
@@ -180,10 +180,8 @@ transaction_callback(XactEvent event, void *arg)
 	}
 	queue_batches_forget();
 	rows_in_transaction = 0;
-	refused_in_transaction = 0;
 	queued_in_transaction = false;
-	for (int i = 0; i < USERPILOT_KINDS; i++)
-		queued_in[i] = InvalidCommandId;
+	memset(queued_in, 0xff, sizeof(queued_in)); /* InvalidCommandId */
 }
 
 static void
@@ -314,31 +312,37 @@ queue_in_command(UserpilotKind kind)
 	return queued_in[kind] == GetCurrentCommandId(false);
 }
 
+static uint64
+hash_text(text *value, uint64 seed)
+{
+	if (value == NULL)
+		return seed + 1;
+	return hash_bytes_extended((const unsigned char *) VARDATA_ANY(value),
+							   VARSIZE_ANY_EXHDR(value), seed);
+}
+
 /*
  * Its id is no number of the sequence, which would change the caller's
- * lastval(), but negative, made of the transaction's.  Rows that are met again
- * and again, at each synchronisation of a table, are not piled up.
+ * lastval(), but negative, made of what it says: a number that counts could be
+ * that of a restored one.  Rows that are met again and again, at each
+ * synchronisation of a table, are then not piled up either.  Those of a
+ * trigger differ from transaction to transaction: none waits for another.
  */
 void
-queue_refuse(const QueueChange *change, const char *error)
+queue_refuse(const QueueChange *change, const char *error, bool again)
 {
 	static SqlStatement statement = SQL_STATEMENT(
 		"INSERT INTO @.userpilot_dead_letters (id, lsn, xid, enqueued_at, bulk, server, kind,"
 		" entity_id, company_id, metadata, error, attempts)"
-		" SELECT $1, $2, $3, pg_catalog.clock_timestamp(), false, $4, $5, $6, $7, $8, $9, 0"
-		" WHERE NOT EXISTS (SELECT FROM @.userpilot_dead_letters d"
-		"  WHERE d.server OPERATOR(pg_catalog.=) $4 AND d.kind OPERATOR(pg_catalog.=) $5"
-		"  AND d.entity_id OPERATOR(pg_catalog.=) $6 AND d.error OPERATOR(pg_catalog.=) $9"
-		"  AND (d.company_id OPERATOR(pg_catalog.=) $7 OR d.company_id IS NULL AND $7 IS NULL)"
-		"  AND d.metadata OPERATOR(pg_catalog.=) $8)",
+		" VALUES ($1, $2, $3, pg_catalog.clock_timestamp(), false, $4, $5, $6, $7, $8, $9, 0)"
+		" ON CONFLICT (id) DO NOTHING",
 		9, {INT8OID, PG_LSNOID, XID8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, JSONBOID, TEXTOID});
 	FullTransactionId xid = GetTopFullTransactionId();
+	uint64		hash = again ? 0 : U64FromFullTransactionId(xid);
 	SqlCaller	caller;
 	Datum		args[9];
 	char		nulls[10] = "         ";
 
-	args[0] = Int64GetDatum(-(int64) (U64FromFullTransactionId(xid) * 1000000 +
-									  ++refused_in_transaction));
 	args[1] = LSNGetDatum(GetXLogInsertRecPtr());
 	args[2] = FullTransactionIdGetDatum(xid);
 	args[3] = PointerGetDatum(change->server);
@@ -348,6 +352,9 @@ queue_refuse(const QueueChange *change, const char *error)
 	nulls[6] = change->company_id == NULL ? 'n' : ' ';
 	args[7] = PointerGetDatum(change->metadata);
 	args[8] = CStringGetTextDatum(error);
+	for (int i = 3; i < 9; i++)
+		hash = hash_text((text *) DatumGetPointer(args[i]), hash);
+	args[0] = Int64GetDatum(-(int64) (hash >> 1) - 1);
 	sql_become_owner(&caller);
 	(void) sql_execute(&statement, args, nulls, false);
 	sql_become_caller(&caller);

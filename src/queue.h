@@ -46,7 +46,7 @@ extern bool queue_batch_find(int64 id, char **server, char **by);
 extern uint64 queue_batch_cancel(int64 id);
 
 /* A change that can never be sent: a dead letter, once for the same */
-extern void queue_refuse(const QueueChange *change, const char *error);
+extern void queue_refuse(const QueueChange *change, const char *error, bool again);
 
 /* Whether this transaction has queued anything; whether its present command
  * has one of this kind, which no snapshot shows yet */

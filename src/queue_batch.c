@@ -73,20 +73,39 @@ struct QueueBatch
 static List *records = NIL;
 static int64 batches_in_transaction = 0;
 
+/* A restored dump may hold ids of transactions that are still to come here */
+static int64
+new_id(void)
+{
+	SqlCaller	caller;
+	char	   *server;
+	char	   *by;
+	int64		id;
+
+	sql_become_owner(&caller);
+	do
+	{
+		if (++batches_in_transaction >= BATCHES_PER_TRANSACTION)
+			ereport(ERROR,
+					(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+					 errmsg("too many bulk SELECTs in one transaction"),
+					 errhint("Send many rows with one SELECT, and single ones with userpilot_identify_company() or userpilot_identify_user().")));
+		id = U64FromFullTransactionId(GetTopFullTransactionId()) *
+			BATCHES_PER_TRANSACTION + batches_in_transaction;
+	} while (queue_batch_find(id, &server, &by));
+	sql_become_caller(&caller);
+	return id;
+}
+
 static BatchRecord *
 new_record(text *server, UserpilotKind kind)
 {
+	int64		id = new_id();
 	MemoryContext old = MemoryContextSwitchTo(TopTransactionContext);
 	BatchRecord *record = palloc0(sizeof(BatchRecord));
 	const char *statement = debug_query_string ? debug_query_string : "";
 
-	if (++batches_in_transaction >= BATCHES_PER_TRANSACTION)
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("too many bulk SELECTs in one transaction"),
-				 errhint("Send many rows with one SELECT, and single ones with userpilot_identify_company() or userpilot_identify_user().")));
-	record->id = U64FromFullTransactionId(GetTopFullTransactionId()) *
-		BATCHES_PER_TRANSACTION + batches_in_transaction;
+	record->id = id;
 	record->server = (text *) DatumGetPointer(datumCopy(PointerGetDatum(server), false, -1));
 	record->kind = kind;
 	record->snapshot = OidFunctionCall0(F_PG_CURRENT_SNAPSHOT);

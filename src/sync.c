@@ -5,7 +5,9 @@
  *
  * The table is read as its owner, with SECURITY_RESTRICTED_OPERATION, as core
  * does in maintenance commands: a superuser may run this on anyone's table,
- * and a WHEN condition or a type's output function is the owner's code.
+ * and a WHEN condition or a type's output function is the owner's code.  For
+ * the same reason what that code sets is undone; and it does not run with the
+ * caller's search_path, who could otherwise make it call functions of his.
  */
 #include "postgres.h"
 
@@ -22,6 +24,7 @@
 #include "rewrite/rewriteManip.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/rls.h"
@@ -66,21 +69,28 @@ check_privileges(Relation rel)
 }
 
 /*
- * The trigger's WHEN condition, if it is about the row alone; one that compares
- * with the row before says nothing of a row that is there.
+ * What the trigger's WHEN condition says of the row alone; where it compares
+ * with the row before, it says nothing of a row that is there.
  */
 static void
 prepare_when(Pass *pass)
 {
-	Node	   *qual;
+	List	   *about_row = NIL;
+	ListCell   *lc;
 
 	if (pass->trigger->tgqual == NULL)
 		return;
-	qual = stringToNode(pass->trigger->tgqual);
-	if (bms_is_member(PRS2_OLD_VARNO, pull_varnos(NULL, qual)))
-		return;
-	ChangeVarNodes(qual, PRS2_NEW_VARNO, OUTER_VAR, 0);
-	pass->when = ExecPrepareQual((List *) make_ands_implicit((Expr *) qual), pass->estate);
+	foreach(lc, make_ands_implicit(stringToNode(pass->trigger->tgqual)))
+	{
+		Node	   *qual = lfirst(lc);
+
+		if (bms_is_member(PRS2_OLD_VARNO, pull_varnos(NULL, qual)))
+			continue;
+		ChangeVarNodes(qual, PRS2_NEW_VARNO, OUTER_VAR, 0);
+		about_row = lappend(about_row, qual);
+	}
+	if (about_row != NIL)
+		pass->when = ExecPrepareQual(about_row, pass->estate);
 }
 
 static bool
@@ -119,14 +129,17 @@ take_row(Pass *pass)
 	const EnvironmentRef *server = intake_server(pass->intake);
 	UserpilotKind kind = pass->mapping->kind;
 	char	   *complaint;
+	char	   *of_values;
 
 	memset(&pass->change, 0, sizeof(pass->change));
 	pass->change.kind = kind;
 	pass->change.server = server->name;
 	pass->change.metadata =
 		shape_metadata(&server->shape, kind,
-					   mapping_metadata(pass->mapping, server->shape.flatten, NULL, pass->slot));
+					   mapping_metadata(pass->mapping, server->shape.flatten, NULL, pass->slot,
+										&of_values));
 	complaint = change_complaint(check_row, pass);
+	complaint = complaint ? complaint : of_values;
 	if (complaint == NULL)
 	{
 		intake_add(pass->intake, &pass->change, &pass->counts);
@@ -169,6 +182,7 @@ read_row(HeapTuple tuple, void *arg)
 	Pass	   *pass = arg;
 
 	ExecStoreHeapTuple(tuple, pass->slot, false);
+	pass->slot->tts_tableOid = RelationGetRelid(pass->rel);
 	if (is_wanted(pass))
 		take_row(pass);
 	ResetPerTupleExprContext(pass->estate);
@@ -183,6 +197,7 @@ sync_trigger(Relation rel, const Trigger *trigger, UserpilotKind kind, IntakeCou
 	char	   *why;
 	Oid			user;
 	int			sec_context;
+	int			level;
 
 	pass.mapping = mapping_read(kind, trigger->tgargs, trigger->tgnargs, RelationGetDescr(rel));
 	if (pass.mapping->problems != NIL)
@@ -199,6 +214,9 @@ sync_trigger(Relation rel, const Trigger *trigger, UserpilotKind kind, IntakeCou
 
 	GetUserIdAndSecContext(&user, &sec_context);
 	SetUserIdAndSecContext(rel->rd_rel->relowner, sec_context | SECURITY_RESTRICTED_OPERATION);
+	level = NewGUCNestLevel();
+	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
 	pass.estate = CreateExecutorState();
 	prepare_when(&pass);
 	pass.slot = MakeSingleTupleTableSlot(RelationGetDescr(rel), &TTSOpsHeapTuple);
@@ -206,6 +224,7 @@ sync_trigger(Relation rel, const Trigger *trigger, UserpilotKind kind, IntakeCou
 	intake_flush(pass.intake);
 	ExecDropSingleTupleTableSlot(pass.slot);
 	FreeExecutorState(pass.estate);
+	AtEOXact_GUC(false, level);
 	SetUserIdAndSecContext(user, sec_context);
 
 	sum->rows += pass.counts.rows;

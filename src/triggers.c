@@ -212,7 +212,7 @@ refuse(const Armed *armed, const TriggerData *data, Row *row, const char *compla
 				 errhint("Server option on_invalid is \"error\"; with \"dead_letter\" the statement would pass.")));
 	if (row->change.entity_id == NULL)
 		row->change.entity_id = cstring_to_text("");
-	queue_refuse(&row->change, error);
+	queue_refuse(&row->change, error, false);
 	if (may_warn())
 		ereport(WARNING,
 				(errcode(ERRCODE_DATA_EXCEPTION),
@@ -229,18 +229,21 @@ enqueue_row(const Armed *armed, const TriggerData *data, TupleTableSlot *before,
 	UserpilotKind kind = armed->mapping->kind;
 	Row			row = {.mapping = armed->mapping,.slot = slot};
 	const char *complaint = armed->problems;
+	char	   *of_values;
 
 	row.change.kind = kind;
 	row.change.server = armed->server->name;
 	row.change.metadata =
 		shape_metadata(&armed->server->shape, kind,
-					   mapping_metadata(armed->mapping, armed->server->shape.flatten, before, slot));
+					   mapping_metadata(armed->mapping, armed->server->shape.flatten, before, slot,
+										&of_values));
 	if (armed->mapping->id != InvalidAttrNumber)
 	{
 		char	   *of_row = change_complaint(check_row, &row);
 
 		complaint = complaint ? complaint : of_row;
 	}
+	complaint = complaint ? complaint : of_values;
 	if (complaint != NULL)
 		refuse(armed, data, &row, complaint);
 	else

@@ -274,9 +274,13 @@ step_answers(void)
 	return true;
 }
 
+/* What is found goes with the same commit, if it may: it is being waited for */
 static void
 step_look(StateWake wake)
 {
+	int64		now = clock_now();
+	bool		durable = false;
+
 	begin_step();
 	for (int i = 0; i < nsenders; i++)
 	{
@@ -285,8 +289,10 @@ step_look(StateWake wake)
 		if (wake.bulk_changes != seen_bulk_changes || look_at_all)
 			senders[i]->bulk.dirty = true;
 		realtime_look(senders[i]);
+		if (realtime_wave_due(senders[i], now))
+			durable |= realtime_wave(senders[i], now);
 	}
-	step_end(false);
+	step_end(durable);
 	look_at_all = false;
 	seen_changes = wake.changes;
 	seen_bulk_changes = wake.bulk_changes;
