@@ -12,23 +12,13 @@
  */
 #include "postgres.h"
 
+#include "access/detoast.h"
 #include "miscadmin.h"
-#include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
-#include "utils/uuid.h"
 
 #include "clock.h"
-#include "payload.h"
-#include "sender.h"
-
-/* "50 MB" may be counted in millions; keeps room for what stands around */
-#define MAX_BODY_BYTES (50 * 1000 * 1000 - 1024)
-
-/* Larger bodies go as a file, if it is for us to choose */
-#define JSON_BYTES (8 * 1000 * 1000)
-
-#define CHUNK_BYTES (1024 * 1024)
+#include "job_writer.h"
 
 /* Profiles are read and written so many at a time */
 #define GROUP 1000
@@ -50,13 +40,21 @@ typedef enum SweepSort
 	SWEEP_HELP					/* for no job now: the real-time lane's, perhaps */
 } SweepSort;
 
+/* Where a row stands, and which it is */
+typedef struct SweptRow
+{
+	ItemPointerData tid;
+	uint64		lsn;
+	int64		batch;
+} SweptRow;
+
 typedef struct Swept
 {
 	Profile		profile;
 	SweepSort	sort;
 	int			nrows;
 	int			maxrows;
-	QueueRow   *rows;			/* positions only */
+	SweptRow   *rows;
 	List	   *copies;			/* of a solo: whole rows */
 	bool		raised;			/* a version rose though nothing is sent */
 } Swept;
@@ -70,6 +68,7 @@ typedef struct Sweep
 	int			nswept;
 	int			maxswept;
 	int			njob;
+	Size		job_bytes;		/* of its rows, about */
 	bool		kind_chosen;
 	UserpilotKind kind;
 	bool		left_out;		/* more is there for the bulk lane */
@@ -85,11 +84,7 @@ typedef struct Sweep
 	int64		left_rows;
 	bool		solo_waits;
 
-	/* the job being written */
-	StringInfoData chunk;
-	int			nchunks;
-	Profile   **marked;
-	int			nmarked;
+	JobWriter	job;
 } Sweep;
 
 /* ------------------------------------------------------------- the pass */
@@ -138,7 +133,7 @@ takes_into_job(Sweep *sweep, const QueueRow *row, uint32 hash)
 	if (!row->bulk && (!realtime_backlogged(sender) || stays_in_realtime(hash)))
 		return false;
 	if ((sweep->kind_chosen && row->kind != sweep->kind) ||
-		sweep->njob >= sender->bulk.record_limit)
+		sweep->njob >= sender->bulk.record_limit || sweep->job_bytes > JOB_WRITER_MAX_BYTES / 4 * 5)
 	{
 		if (!sweep->left_out)
 			sweep->next_start = ItemPointerGetBlockNumber(&row->tid);
@@ -195,7 +190,6 @@ admit(Sweep *sweep, const QueueRow *row, EntityKey key, SweepSort sort)
 	swept->sort = sort;
 	swept->profile.key = key;
 	swept->profile.key.id = pnstrdup(key.id, key.len);
-	swept->profile.context = sweep->context;
 	swept->profile.merge = merge_begin(&sweep->sender->bulk.batches);
 	entry = entities_insert(sweep->table, swept->profile.key, &found);
 	entry->data = swept;
@@ -222,6 +216,8 @@ add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 	queue_fold(swept->profile.merge, &sweep->sender->bulk.batches, row);
 	if (swept->sort == SWEEP_SOLO || swept->sort == SWEEP_HELP)
 		swept->copies = lappend(swept->copies, queue_row_copy(row));
+	if (swept->sort == SWEEP_JOB)
+		sweep->job_bytes += toast_raw_datum_size(PointerGetDatum(row->metadata));
 	if (swept->sort == SWEEP_HELP)
 	{
 		sweep->help_rows++;
@@ -233,14 +229,12 @@ add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 	{
 		swept->maxrows = Max(2, swept->maxrows * 2);
 		swept->rows = swept->rows ?
-			repalloc(swept->rows, swept->maxrows * sizeof(QueueRow)) :
-			palloc(swept->maxrows * sizeof(QueueRow));
+			repalloc(swept->rows, swept->maxrows * sizeof(SweptRow)) :
+			palloc(swept->maxrows * sizeof(SweptRow));
 	}
 	swept->rows[swept->nrows].tid = row->tid;
 	swept->rows[swept->nrows].lsn = row->lsn;
 	swept->rows[swept->nrows].batch = row->batch;
-	swept->rows[swept->nrows].entity_id = swept->profile.key.id;
-	swept->rows[swept->nrows].entity_len = swept->profile.key.len;
 	swept->nrows++;
 	sweep->positions++;
 }
@@ -270,157 +264,49 @@ sweep_row(const QueueRow *row, void *arg)
 	MemoryContextSwitchTo(old);
 }
 
-/* Reads all profiles, a group of one kind at a time */
+/* Reads the profiles of a group, one kind at a time */
 static void
-read_profiles(Sweep *sweep)
+read_profiles(Sweep *sweep, Swept **group, int n)
 {
-	Profile   **group = palloc(GROUP * sizeof(Profile *));
+	Profile   **profiles = palloc(n * sizeof(Profile *));
 
 	for (int kind = 0; kind < USERPILOT_KINDS; kind++)
 	{
-		int			n = 0;
+		int			count = 0;
 
-		for (int i = 0; i < sweep->nswept; i++)
+		for (int i = 0; i < n; i++)
 		{
-			if ((int) sweep->swept[i]->profile.key.kind == kind)
-				group[n++] = &sweep->swept[i]->profile;
-			if (n == GROUP || i == sweep->nswept - 1)
-			{
-				profiles_read(sweep->sender->env->server,
-							  sweep->sender->env->refresh_after, group, n);
-				n = 0;
-			}
+			group[i]->profile.context = CurrentMemoryContext;
+			if ((int) group[i]->profile.key.kind == kind)
+				profiles[count++] = &group[i]->profile;
+		}
+		profiles_read(sweep->sender->env->server, sweep->sender->env->refresh_after,
+					  profiles, count);
+	}
+}
+
+/* The rows of some, as far as deleting or burying them needs */
+static QueueRow *
+whole_rows(Swept **swept, int n, int *total)
+{
+	QueueRow   *rows;
+	int			filled = 0;
+
+	*total = 0;
+	for (int i = 0; i < n; i++)
+		*total += swept[i]->nrows;
+	rows = MemoryContextAllocHuge(CurrentMemoryContext, Max(*total, 1) * sizeof(QueueRow));
+	for (int i = 0; i < n; i++)
+	{
+		for (int r = 0; r < swept[i]->nrows; r++, filled++)
+		{
+			rows[filled].tid = swept[i]->rows[r].tid;
+			rows[filled].lsn = swept[i]->rows[r].lsn;
+			rows[filled].entity_id = swept[i]->profile.key.id;
+			rows[filled].entity_len = swept[i]->profile.key.len;
 		}
 	}
-}
-
-/* -------------------------------------------------------------- the job */
-
-static void
-start_job(Sweep *sweep)
-{
-	Bulk	   *bulk = &sweep->sender->bulk;
-	Datum		uuid = DirectFunctionCall1(gen_random_uuid, (Datum) 0);
-	char	   *text = DatumGetCString(DirectFunctionCall1(uuid_out, uuid));
-	MemoryContext old = MemoryContextSwitchTo(bulk->job_context);
-
-	memset(&bulk->job, 0, sizeof(bulk->job));
-	bulk->job.kind = sweep->kind;
-	bulk->job.filename = psprintf("userpilot-%s.ndjson", text);
-	bulk->flying = entities_create(bulk->job_context, sweep->njob, NULL);
-	MemoryContextSwitchTo(old);
-	jobs_insert(sweep->sender->env->server, &bulk->job);
-	initStringInfo(&sweep->chunk);
-}
-
-static void
-write_chunk(Sweep *sweep)
-{
-	if (sweep->chunk.len == 0)
-		return;
-	jobs_add_chunk(sweep->sender->bulk.job.id, sweep->nchunks++,
-				   sweep->chunk.data, sweep->chunk.len);
-	resetStringInfo(&sweep->chunk);
-}
-
-static void
-write_marked(Sweep *sweep)
-{
-	profiles_write(sweep->sender->env->server, sweep->marked, sweep->nmarked, PROFILE_MARKED);
-	for (int i = 0; i < sweep->nmarked; i++)
-		merge_free(sweep->marked[i]->merge);
-	sweep->nmarked = 0;
-}
-
-/*
- * A record that fits into no body can never be sent.  Marked all the same: a
- * dead letter that is retried must not pass for newer than what came since.
- */
-static void
-bury_oversized(Sweep *sweep, Swept *swept, int bytes)
-{
-	Profile    *profile = &swept->profile;
-
-	QueueFailure why = {
-		.http_status = 0,
-		.error = psprintf("the record has %d bytes; Userpilot takes 50 MB in one request", bytes),
-		.response = NULL,
-		.attempts = swept->profile.attempts
-	};
-
-	merge_mark(profile->merge);
-	profiles_write(sweep->sender->env->server, &profile, 1, PROFILE_MARKED);
-	(void) queue_bury(swept->rows, swept->nrows, &why);
-}
-
-/* Appends an entity's record and marks it; false if the body is full */
-static bool
-add_record(Sweep *sweep, Swept *swept)
-{
-	Bulk	   *bulk = &sweep->sender->bulk;
-	Profile    *profile = &swept->profile;
-	int			before;
-	int			bytes;
-	bool		found;
-
-	if (bulk->flying == NULL)
-		start_job(sweep);
-	before = sweep->chunk.len;
-	payload_merged(&sweep->chunk, profile->key.kind, profile->key.id, profile->key.len,
-				   profile->merge);
-	appendStringInfoChar(&sweep->chunk, '\n');
-	bytes = payload_utf8_len(sweep->chunk.data + before, sweep->chunk.len - before);
-	if (bulk->job.bytes + bytes > MAX_BODY_BYTES)
-	{
-		sweep->chunk.len = before;
-		sweep->chunk.data[before] = '\0';
-		if (bytes > MAX_BODY_BYTES)
-		{
-			bury_oversized(sweep, swept, bytes);
-			return true;
-		}
-		return false;
-	}
-
-	merge_mark(profile->merge);
-	profile->attempts++;
-	profile->job = bulk->job.id;
-	{
-		EntityKey	key = profile->key;
-
-		key.id = MemoryContextStrdup(bulk->job_context, key.id);
-		(void) entities_insert(bulk->flying, key, &found);
-	}
-	bulk->job.records++;
-	bulk->job.bytes += bytes;
-	sweep->marked[sweep->nmarked++] = profile;
-	if (sweep->chunk.len >= CHUNK_BYTES)
-		write_chunk(sweep);
-	if (sweep->nmarked == GROUP)
-		write_marked(sweep);
-	return true;
-}
-
-static void
-finish_job(Sweep *sweep)
-{
-	Bulk	   *bulk = &sweep->sender->bulk;
-
-	write_chunk(sweep);
-	write_marked(sweep);
-	switch (sweep->sender->env->bulk_format)
-	{
-		case BULK_FORMAT_AUTO:
-			bulk->job.ndjson = bulk->job.bytes > JSON_BYTES;
-			break;
-		case BULK_FORMAT_JSON:
-			bulk->job.ndjson = false;
-			break;
-		case BULK_FORMAT_NDJSON:
-			bulk->job.ndjson = true;
-			break;
-	}
-	jobs_set_size(&bulk->job);
+	return rows;
 }
 
 /* ----------------------------------------------------------- what is not */
@@ -431,35 +317,50 @@ finish_nothing(Sweep *sweep, Swept **nothing, int n)
 {
 	Profile   **profiles = palloc(Max(n, 1) * sizeof(Profile *));
 	QueueRow   *rows;
-	int			total = 0;
+	int			total;
 
-	for (int i = 0; i < n; i++)
-		total += nothing[i]->nrows;
-	rows = MemoryContextAllocHuge(CurrentMemoryContext, Max(total, 1) * sizeof(QueueRow));
-	total = 0;
-	for (int i = 0; i < n; i++)
-	{
-		memcpy(rows + total, nothing[i]->rows, nothing[i]->nrows * sizeof(QueueRow));
-		for (int r = 0; r < nothing[i]->nrows; r++)
-			count_batch(sweep, nothing[i]->rows[r].batch, -1);
-		total += nothing[i]->nrows;
-	}
 	for (int kind = 0; kind < USERPILOT_KINDS; kind++)
 	{
 		int			count = 0;
 
 		for (int i = 0; i < n; i++)
 		{
-			Swept	   *swept = nothing[i];
-
-			if ((int) swept->profile.key.kind == kind && swept->raised)
-				profiles[count++] = &swept->profile;
+			if ((int) nothing[i]->profile.key.kind == kind && nothing[i]->raised)
+				profiles[count++] = &nothing[i]->profile;
 		}
 		profiles_write(sweep->sender->env->server, profiles, count, PROFILE_RAISED);
 	}
-	for (int i = 0; i < total; i += 100000)
-		(void) queue_delete(rows + i, Min(100000, total - i));
+	for (int i = 0; i < n; i++)
+	{
+		for (int r = 0; r < nothing[i]->nrows; r++)
+			count_batch(sweep, nothing[i]->rows[r].batch, -1);
+		merge_free(nothing[i]->profile.merge);
+	}
+	rows = whole_rows(nothing, n, &total);
+	(void) queue_delete(rows, total);
 	pfree(rows);
+}
+
+/*
+ * A record that fits into no body can never be sent.  Marked all the same: a
+ * dead letter that is retried must not pass for newer than what came since.
+ */
+static void
+bury_oversized(Sweep *sweep, Swept *swept, int bytes)
+{
+	Profile    *profile = &swept->profile;
+	QueueFailure why = {
+		.http_status = 0,
+		.error = psprintf("the record has %d bytes; Userpilot takes 50 MB in one request", bytes),
+		.response = NULL,
+		.attempts = profile->attempts
+	};
+	int			total;
+	QueueRow   *rows = whole_rows(&swept, 1, &total);
+
+	merge_mark(profile->merge);
+	profiles_write(sweep->sender->env->server, &profile, 1, PROFILE_MARKED);
+	(void) queue_bury(rows, total, &why);
 }
 
 static bool
@@ -484,36 +385,73 @@ hand_to_realtime(Sweep *sweep, Swept *swept)
 	sweep->solo_waits = true;
 }
 
-/* Decides every entity; returns how many records are in the job */
+/* What is to be sent, one way or another */
+static void
+send(Sweep *sweep, Swept *swept, bool help, bool *full)
+{
+	int			bytes;
+
+	if (swept->sort == SWEEP_SOLO || (swept->sort == SWEEP_HELP && help))
+		hand_to_realtime(sweep, swept);
+	else if (swept->sort == SWEEP_JOB && !*full)
+	{
+		switch (job_writer_add(&sweep->job, &swept->profile, &bytes))
+		{
+			case JOB_WRITER_TAKEN:
+				return;			/* the writer frees it */
+			case JOB_WRITER_FULL:
+				*full = sweep->left_out = true;
+				break;
+			case JOB_WRITER_TOO_LARGE:
+				bury_oversized(sweep, swept, bytes);
+				break;
+		}
+	}
+	else
+		sweep->left_out = true;
+	merge_free(swept->profile.merge);
+}
+
+/*
+ * Decides every entity, a group at a time: what a group's profiles and merges
+ * hold is gone before the next one's are read.
+ */
 static void
 decide(Sweep *sweep)
 {
-	Swept	  **nothing = palloc(Max(sweep->nswept, 1) * sizeof(Swept *));
+	MemoryContext context = AllocSetContextCreate(sweep->context, "userpilot group",
+												  ALLOCSET_DEFAULT_SIZES);
+	MemoryContext old = MemoryContextSwitchTo(context);
 	bool		help = sweep->help_rows + sweep->left_rows >= HELP_MIN_ROWS;
-	int			nnothing = 0;
 	bool		full = false;
 
-	sweep->marked = palloc(GROUP * sizeof(Profile *));
-	for (int i = 0; i < sweep->nswept; i++)
+	for (int start = 0; start < sweep->nswept; start += GROUP)
 	{
-		Swept	   *swept = sweep->swept[i];
+		Swept	  **group = sweep->swept + start;
+		int			n = Min(GROUP, sweep->nswept - start);
+		Swept	  **nothing = palloc(n * sizeof(Swept *));
+		int			nnothing = 0;
 
 		CHECK_FOR_INTERRUPTS();
-		if (merge_finish(swept->profile.merge) == 0 && swept->profile.exists)
+		read_profiles(sweep, group, n);
+		for (int i = 0; i < n; i++)
 		{
-			swept->raised = any_changed(swept->profile.merge);
-			merge_mark(swept->profile.merge);
-			nothing[nnothing++] = swept;
+			MergeEntity *merge = group[i]->profile.merge;
+
+			if (merge_finish(merge) > 0 || !group[i]->profile.exists)
+			{
+				send(sweep, group[i], help, &full);
+				continue;
+			}
+			group[i]->raised = any_changed(merge);
+			merge_mark(merge);
+			nothing[nnothing++] = group[i];
 		}
-		else if (swept->sort == SWEEP_SOLO || (swept->sort == SWEEP_HELP && help))
-			hand_to_realtime(sweep, swept);
-		else if (swept->sort != SWEEP_JOB || full || !add_record(sweep, swept))
-		{
-			full |= swept->sort == SWEEP_JOB;
-			sweep->left_out = true;
-		}
+		job_writer_flush(&sweep->job);
+		finish_nothing(sweep, nothing, nnothing);
+		MemoryContextReset(context);
 	}
-	finish_nothing(sweep, nothing, nnothing);
+	MemoryContextSwitchTo(old);
 }
 
 /* ------------------------------------------------------------ the whole */
@@ -575,10 +513,10 @@ bulk_prepare(Sender *sender)
 	sweep.pending = palloc0(Max(bulk->batches.n, 1) * sizeof(int64));
 
 	queue_sweep(sender->env->server, bulk->position, sweep_row, &sweep);
-	read_profiles(&sweep);
+	job_writer_init(&sweep.job, sender, sweep.kind, sweep.njob);
 	decide(&sweep);
 	if (bulk->flying != NULL)
-		finish_job(&sweep);
+		job_writer_finish(&sweep.job);
 	forget_finished(&sweep);
 	queue_batches_progress(&bulk->batches, sweep.pending);
 	bulk->position = sweep.left_out ? sweep.next_start : 0;

@@ -144,6 +144,24 @@ foreach my $block (blocks('doc/cookbook.md'))
 
 delivered($node, 'postgres');
 is(sql('SELECT count(*) FROM userpilot_queue'), 0, 'all the cookbook sends arrives');
+is_deeply(
+	$api{us}->entity('users', sql('SELECT id FROM contacts')),
+	{
+		company_id => '42',
+		metadata   => {
+			name       => 'Jane Doe',
+			email      => 'jane@example.com',
+			is_admin   => true,
+			created_at => '2025-01-31T11:00:00+00:00',
+			theme      => 'dark',
+			tours      => 3
+		}
+	},
+	'... as the cookbook says');
+is_deeply($api{us}->entity('companies', '44'),
+	{ metadata =>
+		  { name => 'Company 44', plan => 'free', monthly_spend => 44, seats => 5 } },
+	'... with the property added');
 is(dead_letters($node, 'postgres'), 0, '... without dead letters');
 cmp_ok(scalar keys %{ $api{eu}->get('/_/state?kind=companies') },
 	'>', 0, '... also in the other region');
