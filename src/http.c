@@ -483,8 +483,9 @@ wait_and_drive(Http *http, long timeout_ms, uint32 wait_event)
 bool
 http_wait(Http *http, long timeout_ms, uint32 wait_event)
 {
-	/* before sockets are waited for: it may open some */
+	/* before sockets are waited for: it may open some, or end at once */
 	drive_if_due(http);
+	collect(http);
 	return wait_and_drive(http, timeout_ms, wait_event);
 }
 

@@ -156,11 +156,11 @@ read_chunk(int64 job, int seq, int *len)
 
 	if (sql_execute(&statement, args, NULL, true) == 0)
 		return NULL;
-	records = DatumGetTextPP(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
-	chunk = payload_utf8(VARDATA_ANY(records), VARSIZE_ANY_EXHDR(records), len);
-	if (chunk == VARDATA_ANY(records))
-		chunk = pnstrdup(chunk, *len);
+	records = DatumGetTextPCopy(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
 	SPI_freetuptable(SPI_tuptable);
+	chunk = payload_utf8(VARDATA(records), VARSIZE(records) - VARHDRSZ, len);
+	if (chunk != VARDATA(records))
+		pfree(records);
 	return chunk;
 }
 

@@ -47,7 +47,7 @@
 #define PATIENCE_MS 200
 
 /* More entities under way than this are not remembered one by one */
-#define MAX_UNDER_WAY 2000000
+#define MAX_UNDER_WAY 500000
 
 typedef struct UnderWay
 {
@@ -148,6 +148,17 @@ text_is(Datum value, const char *str, Size len)
 	return VARSIZE_ANY_EXHDR(value_text) == len && memcmp(VARDATA_ANY(value_text), str, len) == 0;
 }
 
+static void
+set_under_way(Known *known, text *id)
+{
+	bool		found;
+
+	if (known->all_underway)
+		return;
+	(void) underway_insert(known->underway, hash_id(id), &found);
+	known->all_underway = known->underway->members > MAX_UNDER_WAY;
+}
+
 /* Notes the entities of a table that are this server's and of this kind */
 static void
 note_under_way(Known *known, const char *table, Snapshot snapshot)
@@ -159,7 +170,6 @@ note_under_way(Known *known, const char *table, Snapshot snapshot)
 	const char *kind_name = userpilot_kind_name(known->kind);
 	TupleTableSlot *slot = table_slot_create(rel, NULL);
 	TableScanDesc scan = table_beginscan(rel, snapshot, 0, NULL);
-	bool		found;
 	bool		isnull;
 
 	while (!known->all_underway && table_scan_getnextslot(scan, ForwardScanDirection, slot))
@@ -169,10 +179,7 @@ note_under_way(Known *known, const char *table, Snapshot snapshot)
 			!text_is(slot_getattr(slot, server, &isnull), VARDATA_ANY(known->server),
 					 VARSIZE_ANY_EXHDR(known->server)))
 			continue;
-		(void) underway_insert(known->underway,
-							   hash_id(DatumGetTextPP(slot_getattr(slot, entity, &isnull))),
-							   &found);
-		known->all_underway = known->underway->members > MAX_UNDER_WAY;
+		set_under_way(known, DatumGetTextPP(slot_getattr(slot, entity, &isnull)));
 	}
 	table_endscan(scan);
 	ExecDropSingleTupleTableSlot(slot);
@@ -326,6 +333,10 @@ known_judge(Known *known, const QueueChange *changes, int n, KnownVerdict *verdi
 			 (known->underway->members > 0 &&
 			  underway_lookup(known->underway, hash_id(changes[i].entity_id)))))
 			verdicts[i] = KNOWN_CHANGED;
+		/* a later row of the entity must not be left out for what it had before;
+		 * one that is new can only have got a profile by something newer */
+		if (verdicts[i] == KNOWN_CHANGED)
+			set_under_way(known, changes[i].entity_id);
 	}
 	index_endscan(scan);
 	UnregisterSnapshot(snapshot);
