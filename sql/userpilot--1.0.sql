@@ -830,8 +830,12 @@ WITH counted AS MATERIALIZED (
 	FROM backlog b
 	LEFT JOIN userpilot_progress p ON p.server = b.server
 	LEFT JOIN LATERAL (
-		SELECT j.id, j.records, j.completed_rows FROM userpilot_jobs j
-		WHERE j.server = b.server AND j.finished_at IS NULL ORDER BY j.id DESC LIMIT 1
+		-- the newest, until its rows are gone from the queue
+		SELECT j.id, j.records, j.completed_rows FROM (
+			SELECT * FROM userpilot_jobs n WHERE n.server = b.server ORDER BY n.id DESC LIMIT 1
+		) j
+		WHERE j.finished_at IS NULL
+			OR (j.status = 'completed' AND EXISTS (SELECT FROM userpilot_job_chunks c WHERE c.job = j.id))
 	) j ON true
 )
 SELECT w.server,

@@ -195,7 +195,7 @@ bulk_completed(Sender *sender)
 	news.finished = true;
 	jobs_update(bulk->job.id, &news);
 	profiles_learn_job(sender->env->server, bulk->job.kind, bulk->job.id);
-	sender_delivered(sender, bulk->job.records);
+	state_worker_progress();
 	move_flying(bulk, &bulk->done, bulk->done_context);
 	bulk->record_limit = Min(bulk->record_limit * 2, USERPILOT_MAX_RECORDS);
 	/* the slot has just become free: no need to ask, but let others have a turn */

@@ -311,7 +311,8 @@ queue_batch_find(int64 id, char **server, char **by)
 	static SqlStatement statement = SQL_STATEMENT(
 		"SELECT server, by FROM @.userpilot_batches WHERE id OPERATOR(pg_catalog.=) $1", 1, {INT8OID});
 	Datum		args[1] = {Int64GetDatum(id)};
-	int			n = sql_execute(&statement, args, NULL, false);
+	/* read only: within a bulk SELECT it must not begin a new command */
+	int			n = sql_execute(&statement, args, NULL, true);
 
 	if (n > 0)
 	{

@@ -476,6 +476,8 @@ forget_finished(Sweep *sweep)
 
 	if (bulk->done != NULL)
 	{
+		/* with its rows gone, in one commit: so progress never falls */
+		sender_delivered(sweep->sender, bulk->done->members);
 		jobs_drop_done(sweep->sender->env->server, JOB_COMPLETED);
 		MemoryContextReset(bulk->done_context);
 		bulk->done = NULL;

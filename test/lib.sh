@@ -150,6 +150,7 @@ start_work()
 		PYTHONDONTWRITEBYTECODE=1)
 	[ -z "${PG_TEST_TIMEOUT_DEFAULT:-}" ] ||
 		AS_USER+=("PG_TEST_TIMEOUT_DEFAULT=$PG_TEST_TIMEOUT_DEFAULT")
+	[ -z "${ROUNDS:-}" ] || AS_USER+=("ROUNDS=$ROUNDS")
 	if [ "$(id -u)" = 0 ]; then
 		id -u "$user" >/dev/null 2>&1 || user=nobody
 		chown "$user:" "$WORK"

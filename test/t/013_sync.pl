@@ -1,0 +1,188 @@
+# Whole tables: what is sent is what has changed, how far it is can be seen, and
+# whatever else goes on meanwhile, Userpilot has what the tables say.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib $FindBin::RealBin;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(time usleep);
+use Userpilot;
+
+# A job of 10,000 takes 333 seconds at Userpilot, so 3.3 seconds here
+$Userpilot::SCALE = 100;
+
+my $api  = Userpilot::StandIn->new;
+my $node = new_node('sync', conf => "max_wal_size = 1GB\n");
+
+sub sql
+{
+	return $node->safe_psql('postgres', $_[0]);
+}
+
+# rows|queued|unchanged|invalid of a synchronisation
+sub synced
+{
+	return sql("SELECT * FROM userpilot_sync_table('accounts')");
+}
+
+# All bulk records that were sent so far
+sub records
+{
+	return sql(q{SELECT coalesce(sum(records), 0) FROM userpilot_jobs});
+}
+
+# Changes of the table that nothing is told of: as before the trigger was made
+sub behind_its_back
+{
+	return sql("SET session_replication_role = replica; $_[0]");
+}
+
+create_environment($node, 'postgres', $api, options => "exclude_properties 'secret'");
+sql(q{
+	CREATE TABLE accounts (id int PRIMARY KEY, name text, plan text, owner int, secret text DEFAULT 'secret', active boolean DEFAULT true);
+	CREATE TRIGGER a_company AFTER INSERT OR UPDATE ON accounts FOR EACH ROW WHEN (NEW.active)
+		EXECUTE FUNCTION userpilot_company_trigger('id', 'name', 'plan', 'secret');
+	CREATE TRIGGER b_user AFTER INSERT OR UPDATE ON accounts FOR EACH ROW WHEN (NEW.owner IS NOT NULL)
+		EXECUTE FUNCTION userpilot_user_trigger('owner', 'secret', 'plan', 'id AS company_id');
+	CREATE VIEW account_meta AS SELECT id, jsonb_build_object('name', name, 'plan', plan) AS metadata FROM accounts WHERE active;
+	CREATE VIEW owner_meta AS SELECT owner AS id, jsonb_build_object('plan', plan) AS metadata, id::text AS company_id
+		FROM accounts WHERE owner IS NOT NULL;
+});
+behind_its_back(q{INSERT INTO accounts SELECT i, 'n' || i, (ARRAY['free', 'pro', NULL])[1 + i % 3],
+	CASE WHEN i % 10 = 0 THEN 100000 + i END, 'secret', i % 50 <> 0 FROM generate_series(1, 1500) i});
+my %all = (
+	companies => 'SELECT * FROM account_meta',
+	users     => 'SELECT * FROM owner_meta');
+
+# --- first load, and again ---
+
+is(synced(), '1620|1620|0|0', 'the first time everything is queued, companies and users');
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, 'the first load', %all);
+is(records(), 1620, 'each was one record of a job');
+is(sql(q{SELECT count(*) FROM userpilot_batches WHERE pending > 0}), 0, 'every bulk SELECT has come to its end');
+my $calls = sent_since($api);
+is(synced(), '1620|0|1620|0', 'the second time nothing is');
+is(sql(q{SELECT string_agg(kind || rows || '/' || unchanged || '/' || pending, ' ' ORDER BY id) FROM
+	(SELECT * FROM userpilot_batches ORDER BY id DESC LIMIT 2) b}), 'company0/1470/0 user0/150/0', '... and says so');
+
+# --- one in a hundred has changed ---
+
+behind_its_back(q{UPDATE accounts SET plan = 'changed' WHERE id % 100 = 1; UPDATE accounts SET name = NULL WHERE id % 100 = 2;
+	UPDATE accounts SET secret = 'other'});
+my $preview = sql(q{SELECT (userpilot_preview_companies(id, metadata)).* FROM account_meta});
+is($preview, '1470|0|30|1440|0|30|1|0', 'a preview tells what it would come to');
+is(synced(), '1620|30|1590|0', '... and that is what it comes to');
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, 'one in a hundred', %all);
+is(sent_since($api, $calls), 0, 'none was a call of its own');
+is(records(), 1650, 'thirty records more');
+my @keys = map { join(',', sort keys %{ $_->[-1]{sent} }) }
+  map { $api->get("/_/history?kind=companies&id=$_") } (1, 2, 101, 102);
+is("@keys", 'plan name plan name', 'of each only the key that has changed');
+is($api->raw('/_/state?kind=companies') =~ /secret/ || $api->raw('/_/state?kind=users') =~ /secret/ ? 'sent' : 'never',
+	'never', 'what is excluded never left');
+is(sql(q{SELECT count(*) FROM userpilot_profiles p WHERE p::text ~ 'secret'}), 0, '... and is not in the profiles');
+
+# --- believed for so long only ---
+
+sql(q{UPDATE userpilot_profiles SET believed_since = now() - interval '31 days' WHERE entity_id IN ('3', '4')});
+is(synced(), '1620|2|1618|0', 'what was acknowledged too long ago is queued again');
+delivered($node, 'postgres');
+is(records(), 1652, '... and sent again');
+sql(q{UPDATE userpilot_profiles SET believed_since = now() - interval '31 days' WHERE entity_id IN ('5', '6')});
+$calls = sent_since($api);
+sql(q{SELECT count(userpilot_identify_company(id, metadata)::text) FROM account_meta WHERE id IN (5, 7)});
+delivered($node, 'postgres');
+is(sent_since($api, $calls), 1, 'by the worker, too');
+is(sql(q{SELECT min(believed_since) > now() - interval '1 hour' FROM userpilot_profiles WHERE entity_id = '5'}), 't', '... once');
+is(sql(q{SELECT userpilot_invalidate('userpilot', 'user')}), 150, 'all users invalidated');
+is(synced(), '1620|151|1469|0', '... go again, and the company that was not asked for yet');
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, 'refreshed', %all);
+
+# --- an old snapshot, while values go there and back ---
+
+foreach my $with_cursor (0, 1)
+{
+	my $old = $node->background_psql('postgres');
+
+	behind_its_back(q{UPDATE accounts SET plan = 'there' WHERE id <= 40});
+	$old->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM accounts') unless $with_cursor;
+	$old->query_safe('BEGIN; DECLARE c CURSOR FOR SELECT userpilot_bulk_identify_companies(id, metadata) FROM account_meta') if $with_cursor;
+	behind_its_back(q{UPDATE accounts SET plan = CASE id % 100 WHEN 1 THEN 'changed' ELSE (ARRAY['free', 'pro', NULL])[1 + id % 3] END WHERE id <= 40});
+	sql('SELECT userpilot_bulk_identify_companies(id, metadata) FROM account_meta');
+	delivered($node, 'postgres');
+	$old->query_safe($with_cursor ? 'FETCH c; COMMIT' : 'SELECT userpilot_bulk_identify_companies(id, metadata) FROM account_meta; COMMIT');
+	$old->quit;
+	delivered($node, 'postgres');
+	oracle_equals($node, 'postgres', $api,
+		$with_cursor ? 'an older cursor' : 'an older snapshot', %all);
+}
+
+# --- rows that can never be sent ---
+
+behind_its_back(q{INSERT INTO accounts (id, name) VALUES (9001, repeat('x', 70000)), (9002, 'good')});
+is(synced(), '1622|1|1620|1', 'an invalid row does not stop the others');
+is(synced() =~ s/\|\d+\|\d+\|/|_|_|/r, '1622|_|_|1', '... is told of each time');
+delivered($node, 'postgres');
+is(dead_letters($node, 'postgres'), 1, '... and is one dead letter');
+is($api->entity('companies', 9002)->{metadata}{name}, 'good', 'the other has arrived');
+behind_its_back('DELETE FROM accounts WHERE id = 9001');
+
+# --- how far it is ---
+
+behind_its_back(q{INSERT INTO accounts (id, name) SELECT i, 'n' || i FROM generate_series(20001, 40000) i});
+my $begin = time;
+is(synced(), '21621|20000|1621|0', 'twenty thousand more');
+my $batch = sql(q{SELECT max(id) FROM userpilot_batches WHERE rows = 20000});
+my (@etas, %pending, $end);
+until_true(
+	'all is delivered',
+	sub {
+		my ($job, $left, $eta) = split /\|/,
+		  sql(q{SELECT job, pending, extract(epoch FROM eta) FROM userpilot_status});
+		my $now = time;
+
+		$pending{ sql("SELECT pending FROM userpilot_batches WHERE id = $batch") } = 1;
+		push @etas, [ $now, $eta ] if $job ne '' && $left > 0;
+		return $left == 0 && $job eq '' && ($end = $now);
+	});
+my @errors = map { ($_->[1] / $Userpilot::SCALE) / ($end - $_->[0]) - 1 }
+  grep { $end - $_->[0] > 0.25 * ($end - $begin) } @etas;
+my ($least, $median, $most) = (sort { $a <=> $b } @errors)[ 0, $#errors / 2, -1 ];
+
+diag(sprintf('20,000 records in %.1f s; %d estimates were off by %.0f %% to %.0f %%, median %.0f %%',
+		$end - $begin, scalar(@errors), 100 * $least, 100 * $most, 100 * $median));
+cmp_ok(scalar(@errors), '>=', 10, 'estimates while jobs ran');
+cmp_ok($least,          '>',  -0.2, '... were not 20 % too short');
+cmp_ok($most,           '<',  0.2,  '... nor 20 % too long');
+is(join(' ', sort { $b <=> $a } keys %pending), '20000 10000 0', 'pending of the bulk SELECT came down to nothing');
+oracle_equals($node, 'postgres', $api, 'twenty thousand more', %all);
+
+# --- taken back ---
+
+behind_its_back(q{UPDATE accounts SET plan = 'mistake' WHERE id > 20000});
+sql(q{CREATE TABLE before AS TABLE accounts});
+is(synced(), '21621|20000|1621|0', 'a mistake');
+until_true('a job runs', sub { return sql(q{SELECT count(*) FROM userpilot_jobs WHERE finished_at IS NULL AND submitted_at IS NOT NULL}) > 0; });
+my $sent = sql(q{SELECT sum(records) FROM userpilot_jobs WHERE finished_at IS NULL});
+my $back = sql(q{SELECT userpilot_cancel((SELECT max(id) FROM userpilot_batches WHERE rows = 20000))});
+is($back, 20000 - $sent, "what is not under way ($sent are) is taken back");
+delivered($node, 'postgres');
+my $mistakes = () = $api->raw('/_/state?kind=companies') =~ /mistake/g;
+is($mistakes, $sent, '... and was never sent');
+behind_its_back(q{UPDATE accounts SET plan = NULL WHERE id > 20000});
+like(synced(), qr/^21621\|\d+\|/, 'the mended table');
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, 'mended', %all);
+
+is(sql('SELECT count(*) FROM userpilot_queue'), 0, 'the queue is empty');
+no_violations($api, 'sync');
+$node->stop;
+done_testing();
