@@ -854,8 +854,10 @@ SELECT w.server,
 		/ greatest(coalesce(w.delivered, 0) + w.pending, 1), 1) END AS percent,
 	round(w.records_per_minute::numeric) AS records_per_minute,
 	CASE WHEN w.pending > 0 AND d.reason IS NULL THEN
-		make_interval(secs => round(60.0 * greatest(w.pending - w.job_completed, 0)
-			/ coalesce(nullif(w.records_per_minute, 0), CASE WHEN w.companies_bulk + w.users_bulk > 0 THEN 1800 ELSE 600 END))::double precision)
+		-- what is in the job is in it alone, at the job's rate
+		make_interval(secs => round(60.0 * greatest((w.pending - w.job_completed)
+			/ coalesce(nullif(w.records_per_minute, 0), CASE WHEN w.companies_bulk + w.users_bulk > 0 THEN 1800 ELSE 600 END),
+			(least(w.job_records, w.pending) - w.job_completed) / 1800.0, 0))::double precision)
 	END AS eta,
 	coalesce(d.reason, userpilot_launch_problem(), w.advice) AS advice,
 	w.last_error, w.last_error_at,

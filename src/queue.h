@@ -14,6 +14,7 @@
 #include "utils/jsonb.h"
 
 #include "merge.h"
+#include "shape.h"
 #include "userpilot.h"
 
 typedef struct QueueChange
@@ -101,9 +102,9 @@ extern void queue_batches(const char *server, MergeBatches *batches);
 /* How many of their rows are left, in the order of batches->batch */
 extern void queue_batches_progress(const MergeBatches *batches, const int64 *pending);
 
-/* Folds a row into an entity */
+/* Folds a row into an entity, without what is excluded by now */
 extern void queue_fold(MergeEntity *entity, const MergeBatches *batches,
-					   const QueueRow *row);
+					   const Shape *shape, const QueueRow *row);
 
 /* Deletes rows by position, if they are still the rows that were read */
 extern uint64 queue_delete(const QueueRow *rows, int n);

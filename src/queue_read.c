@@ -288,7 +288,8 @@ queue_batches_progress(const MergeBatches *batches, const int64 *pending)
  * hand) counts as a direct change at its position.
  */
 void
-queue_fold(MergeEntity *entity, const MergeBatches *batches, const QueueRow *row)
+queue_fold(MergeEntity *entity, const MergeBatches *batches, const Shape *shape,
+		   const QueueRow *row)
 {
 	MergeProperty props[USERPILOT_MAX_PROPERTIES + 1];
 	Jsonb	   *metadata = DatumGetJsonbP(PointerGetDatum(row->metadata));
@@ -310,7 +311,8 @@ queue_fold(MergeEntity *entity, const MergeBatches *batches, const QueueRow *row
 		props[n].name = v.val.string.val;
 		props[n].namelen = v.val.string.len;
 		(void) JsonbIteratorNext(&it, &v, true);
-		if (!payload_to_merge(&v, &props[n].value))
+		if (!payload_to_merge(&v, &props[n].value) ||
+			shape_excludes(shape, props[n].name, props[n].namelen))
 			continue;
 		if (props[n].value.type == MERGE_NUMBER)
 			payload_trim_number(&props[n].value);

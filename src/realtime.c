@@ -268,7 +268,7 @@ merge_chosen(Sender *sender, Pending **chosen, int n, UserpilotKind kind)
 		p->profile.context = p->merge_context;
 		p->profile.merge = merge_begin(&sender->bulk.batches);
 		for (int r = 0; r < p->nrows; r++)
-			queue_fold(p->profile.merge, &sender->bulk.batches, p->rows[r]);
+			queue_fold(p->profile.merge, &sender->bulk.batches, &sender->env->shape, p->rows[r]);
 		MemoryContextSwitchTo(old);
 		p->nsent = p->nrows;
 		profiles[nprofiles++] = &p->profile;

@@ -213,7 +213,8 @@ admit(Sweep *sweep, const QueueRow *row, EntityKey key, SweepSort sort)
 static void
 add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 {
-	queue_fold(swept->profile.merge, &sweep->sender->bulk.batches, row);
+	queue_fold(swept->profile.merge, &sweep->sender->bulk.batches,
+			   &sweep->sender->env->shape, row);
 	if (swept->sort == SWEEP_SOLO || swept->sort == SWEEP_HELP)
 		swept->copies = lappend(swept->copies, queue_row_copy(row));
 	if (swept->sort == SWEEP_JOB)

@@ -337,6 +337,11 @@ SELECT count(*) FROM took();
 SELECT (userpilot_preview_companies(id, '{}')).* FROM plain WHERE false;
 SELECT (userpilot_preview_users(i, '{"a": 1}', CASE WHEN i > 1 THEN 'c' ELSE '' END)).* FROM generate_series(1, 20002) i;
 SELECT (userpilot_preview_users(i, CASE i WHEN 3 THEN '[]' ELSE '{"a": 1}' END::jsonb)).* FROM generate_series(1, 3) i;
+-- reading is enough for a preview
+BEGIN READ ONLY;
+SELECT (userpilot_preview_companies(i, '{"a": 1}')).new FROM generate_series(1, 3) i;
+SELECT userpilot_bulk_identify_companies(1, '{"a": 1}');
+ROLLBACK;
 SELECT i % 2 AS half, (userpilot_preview_companies(i, '{"a": 1}')).rows FROM generate_series(1, 3) i GROUP BY 1 ORDER BY 1;
 REVOKE USAGE ON FOREIGN SERVER userpilot FROM regress_sync_owner;
 SET ROLE regress_sync_owner;

@@ -141,28 +141,35 @@ behind_its_back(q{INSERT INTO accounts (id, name) SELECT i, 'n' || i FROM genera
 my $begin = time;
 is(synced(), '21621|20000|1621|0', 'twenty thousand more');
 my $batch = sql(q{SELECT max(id) FROM userpilot_batches WHERE rows = 20000});
-my (@etas, %pending, $end);
+my (@etas, @pending, $end);
 until_true(
 	'all is delivered',
 	sub {
 		my ($job, $left, $eta) = split /\|/,
 		  sql(q{SELECT job, pending, extract(epoch FROM eta) FROM userpilot_status});
-		my $now = time;
+		my $now     = time;
+		my $pending = sql("SELECT pending FROM userpilot_batches WHERE id = $batch");
 
-		$pending{ sql("SELECT pending FROM userpilot_batches WHERE id = $batch") } = 1;
+		push @pending, $pending if !@pending || $pending[-1] != $pending;
 		push @etas, [ $now, $eta ] if $job ne '' && $left > 0;
 		return $left == 0 && $job eq '' && ($end = $now);
 	});
-my @errors = map { ($_->[1] / $Userpilot::SCALE) / ($end - $_->[0]) - 1 }
-  grep { $end - $_->[0] > 0.25 * ($end - $begin) } @etas;
-my ($least, $median, $most) = (sort { $a <=> $b } @errors)[ 0, $#errors / 2, -1 ];
+
+# As far as a clock can tell that runs a hundred times too fast: preparing a job
+# takes as long as ever, and so seems a hundred times longer
+my $own    = 0.4;
+my @judged = grep { $end - $_->[0] > 0.25 * ($end - $begin) } @etas;
+my @errors = sort { $a <=> $b } map { ($_->[1] / $Userpilot::SCALE) / ($end - $_->[0]) - 1 } @judged;
+my @wrong  = grep { abs($_->[1] / $Userpilot::SCALE - ($end - $_->[0])) > 0.2 * ($end - $_->[0]) + $own } @judged;
 
 diag(sprintf('20,000 records in %.1f s; %d estimates were off by %.0f %% to %.0f %%, median %.0f %%',
-		$end - $begin, scalar(@errors), 100 * $least, 100 * $most, 100 * $median));
-cmp_ok(scalar(@errors), '>=', 10, 'estimates while jobs ran');
-cmp_ok($least,          '>',  -0.2, '... were not 20 % too short');
-cmp_ok($most,           '<',  0.2,  '... nor 20 % too long');
-is(join(' ', sort { $b <=> $a } keys %pending), '20000 10000 0', 'pending of the bulk SELECT came down to nothing');
+		$end - $begin, scalar(@errors), 100 * $errors[0], 100 * $errors[-1], 100 * $errors[ $#errors / 2 ]));
+cmp_ok(scalar(@judged), '>=', 10, 'estimates while jobs ran');
+is(join(', ', map { sprintf('%.1f s instead of %.1f s', $_->[1] / $Userpilot::SCALE, $end - $_->[0]) } @wrong),
+	'', '... were right within 20 %, but for the time that PostgreSQL itself takes');
+is("$pending[0] $pending[-1]", '20000 0', 'pending of the bulk SELECT came down to nothing');
+is(join(' ', sort { $b <=> $a } @pending), join(' ', @pending), '... and never went up');
+cmp_ok(scalar(@pending), '>', 2, '... but step by step');
 oracle_equals($node, 'postgres', $api, 'twenty thousand more', %all);
 
 # --- taken back ---
@@ -171,16 +178,25 @@ behind_its_back(q{UPDATE accounts SET plan = 'mistake' WHERE id > 20000});
 sql(q{CREATE TABLE before AS TABLE accounts});
 is(synced(), '21621|20000|1621|0', 'a mistake');
 until_true('a job runs', sub { return sql(q{SELECT count(*) FROM userpilot_jobs WHERE finished_at IS NULL AND submitted_at IS NOT NULL}) > 0; });
-my $sent = sql(q{SELECT sum(records) FROM userpilot_jobs WHERE finished_at IS NULL});
 my $back = sql(q{SELECT userpilot_cancel((SELECT max(id) FROM userpilot_batches WHERE rows = 20000))});
-is($back, 20000 - $sent, "what is not under way ($sent are) is taken back");
 delivered($node, 'postgres');
 my $mistakes = () = $api->raw('/_/state?kind=companies') =~ /mistake/g;
-is($mistakes, $sent, '... and was never sent');
+cmp_ok($back, '>', 5000, "what is not under way is taken back ($back rows)");
+cmp_ok($mistakes, '>=', 10000, 'the job that ran ran on');
+is($back + $mistakes, 20000, '... and nothing was sent that had been taken back');
 behind_its_back(q{UPDATE accounts SET plan = NULL WHERE id > 20000});
 like(synced(), qr/^21621\|\d+\|/, 'the mended table');
 delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, 'mended', %all);
+
+# --- what is excluded only when it is queued already ---
+
+sql(q{SELECT userpilot_disable('userpilot');
+	SELECT userpilot_identify_company('late', '{"name": "n", "late": "not for others"}');
+	ALTER SERVER userpilot OPTIONS (SET exclude_properties 'secret, late');
+	SELECT userpilot_enable('userpilot')});
+delivered($node, 'postgres');
+is_deeply($api->entity('companies', 'late')->{metadata}, { name => 'n' }, 'what is excluded later does not leave either');
 
 is(sql('SELECT count(*) FROM userpilot_queue'), 0, 'the queue is empty');
 no_violations($api, 'sync');
