@@ -3,6 +3,7 @@
 #   make && make install        build and install (PG_CONFIG picks the server)
 #   make unit                   pure modules, without a server; exported names
 #   make reliability            long runs under kills, stops and faults
+#   make bench                  what it costs, against real baselines
 #   make installcheck           SQL, concurrency and processes, with servers of
 #                               their own; PostgreSQL refuses to run as root,
 #                               so does this: test/run does it all

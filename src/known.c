@@ -46,6 +46,14 @@
 /* How long older snapshots are waited for (ms) */
 #define PATIENCE_MS 200
 
+/* Having waited in vain, does not wait again for so long (ms) */
+#define IMPATIENCE_MS 10000
+
+/* The queue is read for at most so many pages, and one more for so many rows:
+ * a bulk SELECT of a few rows does not pay for a large backlog */
+#define CHEAP_PAGES 1000
+#define ROWS_PER_PAGE 10
+
 /* More entities under way than this are not remembered one by one */
 #define MAX_UNDER_WAY 500000
 
@@ -91,7 +99,10 @@ struct Known
 	text	   *server;
 	UserpilotKind kind;
 	int64		refresh_after;
+	bool		thorough;		/* reads the queue whatever it costs */
+	int64		judged;
 	underway_hash *underway;
+	bool		underway_read;	/* what was under way at first is in it */
 	bool		all_underway;	/* too many to remember */
 	AttrNumber	columns[NCOLUMNS];
 };
@@ -117,7 +128,8 @@ wait_for(const VirtualTransactionId *vxids, int n, TimestampTz deadline)
 bool
 known_may_leave_out(const EnvironmentRef *server, UserpilotKind kind)
 {
-	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), PATIENCE_MS);
+	static TimestampTz impatient_until = 0;
+	TimestampTz now = GetCurrentTimestamp();
 	VirtualTransactionId *vxids;
 	LOCKTAG		tag;
 	int			n;
@@ -129,8 +141,12 @@ known_may_leave_out(const EnvironmentRef *server, UserpilotKind kind)
 
 	vxids = GetCurrentVirtualXIDs(GetActiveSnapshot()->xmin, true, false,
 								  PROC_IS_AUTOVACUUM | PROC_IN_VACUUM, &n);
-	if (!wait_for(vxids, n, deadline))
+	if (!wait_for(vxids, n, now < impatient_until ? now :
+				  TimestampTzPlusMilliseconds(now, PATIENCE_MS)))
+	{
+		impatient_until = TimestampTzPlusMilliseconds(now, IMPATIENCE_MS);
 		return false;
+	}
 	(void) GetLockConflicts(&tag, ShareLock, &n);
 	return n == 0;
 }
@@ -191,15 +207,15 @@ note_under_way(Known *known, const char *table, Snapshot snapshot)
 }
 
 Known *
-known_open(const EnvironmentRef *server, UserpilotKind kind)
+known_open(const EnvironmentRef *server, UserpilotKind kind, bool thorough)
 {
 	Known	   *known = palloc0(sizeof(Known));
 	Oid			profiles = sql_relid("userpilot_profiles");
-	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
 
 	known->server = server->name;
 	known->kind = kind;
 	known->refresh_after = server->refresh_after;
+	known->thorough = thorough;
 	known->underway = underway_create(CurrentMemoryContext, 256, NULL);
 	for (int i = 0; i < NCOLUMNS; i++)
 	{
@@ -210,10 +226,41 @@ known_open(const EnvironmentRef *server, UserpilotKind kind)
 					 errmsg("userpilot_profiles has no column \"%s\"", column_names[i]),
 					 errhint("Update the extension with ALTER EXTENSION userpilot UPDATE, or reconnect if the library is older.")));
 	}
-	note_under_way(known, "userpilot_queue", snapshot);
-	note_under_way(known, "userpilot_dead_letters", snapshot);
-	UnregisterSnapshot(snapshot);
 	return known;
+}
+
+static BlockNumber
+pages(const char *table)
+{
+	Relation	rel = table_open(sql_relid(table), AccessShareLock);
+	BlockNumber n = RelationGetNumberOfBlocks(rel);
+
+	table_close(rel, NoLock);
+	return n;
+}
+
+/*
+ * Whether something of the entity is under way.  The tables are read when
+ * first asked, with the snapshot that the profile was read with: later, what
+ * has arrived in between would be missed.
+ */
+static bool
+is_under_way(Known *known, text *id, Snapshot snapshot)
+{
+	if (known->all_underway)
+		return true;
+	if (!known->underway_read)
+	{
+		if (!known->thorough &&
+			pages("userpilot_queue") + pages("userpilot_dead_letters") >
+			CHEAP_PAGES + known->judged / ROWS_PER_PAGE)
+			return true;
+		note_under_way(known, "userpilot_queue", snapshot);
+		note_under_way(known, "userpilot_dead_letters", snapshot);
+		known->underway_read = true;
+	}
+	return known->all_underway ||
+		(known->underway->members > 0 && underway_lookup(known->underway, hash_id(id)));
 }
 
 /* ---------------------------------------------------------------- judging */
@@ -370,6 +417,7 @@ known_judge(Known *known, const QueueChange *changes, int n, KnownVerdict *verdi
 	ScanKeyData keys[3];
 	ItemPointerData next;
 
+	known->judged += n;
 	ItemPointerSetInvalid(&next);
 	text_key(&keys[1], 2, queue_kind_text(known->kind));
 	text_key(&keys[2], 3, known->server);
@@ -381,9 +429,7 @@ known_judge(Known *known, const QueueChange *changes, int n, KnownVerdict *verdi
 		if (find_profile(known, scan, keys, &next, &changes[i], slot))
 			verdicts[i] = judge(known, &changes[i], slot, now);
 		if (verdicts[i] == KNOWN_UNCHANGED &&
-			(known->all_underway ||
-			 (known->underway->members > 0 &&
-			  underway_lookup(known->underway, hash_id(changes[i].entity_id)))))
+			is_under_way(known, changes[i].entity_id, snapshot))
 			verdicts[i] = KNOWN_CHANGED;
 		/* a later row of the entity must not be left out for what it had before;
 		 * one that is new can only have got a profile by something newer */

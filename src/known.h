@@ -19,9 +19,11 @@ typedef struct Known Known;
 
 /*
  * For rows that were read with the active snapshot; in CurrentMemoryContext.
- * Reads the whole queue once.
+ * May read the whole queue once, which for few rows only a thorough one does:
+ * else they count as changed.
  */
-extern Known *known_open(const EnvironmentRef *server, UserpilotKind kind);
+extern Known *known_open(const EnvironmentRef *server, UserpilotKind kind,
+						 bool thorough);
 
 /*
  * Announces a bulk SELECT to others until the transaction ends, and tells
