@@ -87,7 +87,7 @@ intake_open(const EnvironmentRef *server, UserpilotKind kind, const char *comman
 		intake->batch = queue_batch_open(intake->server.name, kind, command);
 	}
 	if (judged)
-		intake->known = known_open(&intake->server, kind, command == NULL);
+		intake->known = known_open(&intake->server, kind);
 	return intake;
 }
 

@@ -49,11 +49,6 @@
 /* Having waited in vain, does not wait again for so long (ms) */
 #define IMPATIENCE_MS 10000
 
-/* The queue is read for at most so many pages, and one more for so many rows:
- * a bulk SELECT of a few rows does not pay for a large backlog */
-#define CHEAP_PAGES 1000
-#define ROWS_PER_PAGE 10
-
 /* More entities under way than this are not remembered one by one */
 #define MAX_UNDER_WAY 500000
 
@@ -99,8 +94,6 @@ struct Known
 	text	   *server;
 	UserpilotKind kind;
 	int64		refresh_after;
-	bool		thorough;		/* reads the queue whatever it costs */
-	int64		judged;
 	underway_hash *underway;
 	bool		underway_read;	/* what was under way at first is in it */
 	bool		all_underway;	/* too many to remember */
@@ -207,7 +200,7 @@ note_under_way(Known *known, const char *table, Snapshot snapshot)
 }
 
 Known *
-known_open(const EnvironmentRef *server, UserpilotKind kind, bool thorough)
+known_open(const EnvironmentRef *server, UserpilotKind kind)
 {
 	Known	   *known = palloc0(sizeof(Known));
 	Oid			profiles = sql_relid("userpilot_profiles");
@@ -215,7 +208,6 @@ known_open(const EnvironmentRef *server, UserpilotKind kind, bool thorough)
 	known->server = server->name;
 	known->kind = kind;
 	known->refresh_after = server->refresh_after;
-	known->thorough = thorough;
 	known->underway = underway_create(CurrentMemoryContext, 256, NULL);
 	for (int i = 0; i < NCOLUMNS; i++)
 	{
@@ -227,16 +219,6 @@ known_open(const EnvironmentRef *server, UserpilotKind kind, bool thorough)
 					 errhint("Update the extension with ALTER EXTENSION userpilot UPDATE, or reconnect if the library is older.")));
 	}
 	return known;
-}
-
-static BlockNumber
-pages(const char *table)
-{
-	Relation	rel = table_open(sql_relid(table), AccessShareLock);
-	BlockNumber n = RelationGetNumberOfBlocks(rel);
-
-	table_close(rel, NoLock);
-	return n;
 }
 
 /*
@@ -251,10 +233,6 @@ is_under_way(Known *known, text *id, Snapshot snapshot)
 		return true;
 	if (!known->underway_read)
 	{
-		if (!known->thorough &&
-			pages("userpilot_queue") + pages("userpilot_dead_letters") >
-			CHEAP_PAGES + known->judged / ROWS_PER_PAGE)
-			return true;
 		note_under_way(known, "userpilot_queue", snapshot);
 		note_under_way(known, "userpilot_dead_letters", snapshot);
 		known->underway_read = true;
@@ -417,7 +395,6 @@ known_judge(Known *known, const QueueChange *changes, int n, KnownVerdict *verdi
 	ScanKeyData keys[3];
 	ItemPointerData next;
 
-	known->judged += n;
 	ItemPointerSetInvalid(&next);
 	text_key(&keys[1], 2, queue_kind_text(known->kind));
 	text_key(&keys[2], 3, known->server);

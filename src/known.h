@@ -19,11 +19,9 @@ typedef struct Known Known;
 
 /*
  * For rows that were read with the active snapshot; in CurrentMemoryContext.
- * May read the whole queue once, which for few rows only a thorough one does:
- * else they count as changed.
+ * Reads the whole queue once, if there is a row to leave out at all.
  */
-extern Known *known_open(const EnvironmentRef *server, UserpilotKind kind,
-						 bool thorough);
+extern Known *known_open(const EnvironmentRef *server, UserpilotKind kind);
 
 /*
  * Announces a bulk SELECT to others until the transaction ends, and tells
