@@ -12,7 +12,7 @@
 #include "utils/jsonb.h"
 #include "utils/reltrigger.h"
 
-#include "userpilot.h"
+#include "queue.h"
 
 /* How a column's value becomes JSON */
 typedef enum MappingConversion
@@ -68,13 +68,14 @@ extern bool mapping_changed(const Mapping *mapping, TupleTableSlot *before,
 							TupleTableSlot *after);
 
 /*
- * A row's metadata.  Keys that a JSON column had before (NULL: not looked at)
- * and has no more become null, so that Userpilot removes them.  Objects in
- * objects are flattened or left out.  What cannot be JSON is left out and
- * complained of, else *complaint is NULL.
+ * What a row comes to: fills all of the change but its server, and returns
+ * what makes it one that can never be sent, or NULL; without an id that one is
+ * empty.  Keys that a JSON column had before (NULL: not looked at) and has no
+ * more become null, so that Userpilot removes them.  Objects in objects are
+ * flattened or left out.
  */
-extern Jsonb *mapping_metadata(const Mapping *mapping, bool flatten,
-							   TupleTableSlot *before, TupleTableSlot *row,
-							   char **complaint);
+extern char *mapping_change(const Mapping *mapping, const Shape *shape,
+							TupleTableSlot *before, TupleTableSlot *row,
+							QueueChange *change);
 
 #endif

@@ -29,7 +29,6 @@
 #include "utils/rel.h"
 #include "utils/rls.h"
 
-#include "change.h"
 #include "compat.h"
 #include "environment.h"
 #include "intake.h"
@@ -49,7 +48,6 @@ typedef struct Pass
 	EState	   *estate;
 	ExprState  *when;			/* NULL: all rows */
 	TupleTableSlot *slot;
-	QueueChange change;			/* of the row being checked */
 } Pass;
 
 static void
@@ -106,51 +104,19 @@ is_wanted(Pass *pass)
 }
 
 static void
-check_row(void *arg)
-{
-	Pass	   *pass = arg;
-	const Mapping *mapping = pass->mapping;
-	bool		isnull;
-	Datum		d = slot_getattr(pass->slot, mapping->id, &isnull);
-
-	pass->change.entity_id = change_id(mapping->id_type, d, isnull, mapping->id_column);
-	if (mapping->company != InvalidAttrNumber)
-	{
-		d = slot_getattr(pass->slot, mapping->company, &isnull);
-		if (!isnull)
-			pass->change.company_id = change_id(mapping->company_type, d, false, "company_id");
-	}
-	change_check_metadata(pass->change.metadata);
-}
-
-static void
 take_row(Pass *pass)
 {
 	const EnvironmentRef *server = intake_server(pass->intake);
-	UserpilotKind kind = pass->mapping->kind;
-	char	   *complaint;
-	char	   *of_values;
+	QueueChange change = {.server = server->name};
+	char	   *complaint = mapping_change(pass->mapping, &server->shape, NULL, pass->slot, &change);
 
-	memset(&pass->change, 0, sizeof(pass->change));
-	pass->change.kind = kind;
-	pass->change.server = server->name;
-	pass->change.metadata =
-		shape_metadata(&server->shape, kind,
-					   mapping_metadata(pass->mapping, server->shape.flatten, NULL, pass->slot,
-										&of_values));
-	complaint = change_complaint(check_row, pass);
-	complaint = complaint ? complaint : of_values;
 	if (complaint == NULL)
-	{
-		intake_add(pass->intake, &pass->change, &pass->counts);
-		return;
-	}
-	if (pass->change.entity_id == NULL)
-		pass->change.entity_id = cstring_to_text("");
-	intake_refuse(pass->intake, &pass->change,
-				  psprintf("trigger \"%s\" of table \"%s\": %s", pass->trigger->tgname,
-						   RelationGetRelationName(pass->rel), complaint),
-				  &pass->counts);
+		intake_add(pass->intake, &change, &pass->counts);
+	else
+		intake_refuse(pass->intake, &change,
+					  psprintf("trigger \"%s\" of table \"%s\": %s", pass->trigger->tgname,
+							   RelationGetRelationName(pass->rel), complaint),
+					  &pass->counts);
 }
 
 /* Column by column, as a table that lost one still has its place in a row */

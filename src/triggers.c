@@ -34,7 +34,6 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
-#include "change.h"
 #include "compat.h"
 #include "environment.h"
 #include "mapping.h"
@@ -57,16 +56,8 @@ typedef struct Armed
 	char	   *problems;		/* what is wrong with its arguments, or NULL */
 } Armed;
 
-/* A row on its way through the checks */
-typedef struct Row
-{
-	const Mapping *mapping;
-	TupleTableSlot *slot;
-	QueueChange change;
-} Row;
-
 static const char *
-manager_name(UserpilotKind kind)
+function_name(UserpilotKind kind)
 {
 	return kind == USERPILOT_COMPANY ? "userpilot_company_trigger" : "userpilot_user_trigger";
 }
@@ -79,9 +70,9 @@ check_manner(FunctionCallInfo fcinfo, UserpilotKind kind)
 	if (!CALLED_AS_TRIGGER(fcinfo))
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("%s() can only be called as a trigger", manager_name(kind)),
+				 errmsg("%s() can only be called as a trigger", function_name(kind)),
 				 errhint("CREATE TRIGGER to_userpilot AFTER INSERT OR UPDATE ON ... FOR EACH ROW EXECUTE FUNCTION %s('id', 'name');",
-						 manager_name(kind))));
+						 function_name(kind))));
 	if (!TRIGGER_FIRED_AFTER(data->tg_event) || !TRIGGER_FIRED_FOR_ROW(data->tg_event) ||
 		TRIGGER_FIRED_BY_DELETE(data->tg_event))
 		ereport(ERROR,
@@ -91,7 +82,7 @@ check_manner(FunctionCallInfo fcinfo, UserpilotKind kind)
 				 errhint("CREATE TRIGGER %s AFTER INSERT OR UPDATE ON %s FOR EACH ROW EXECUTE FUNCTION %s('id', 'name');",
 						 quote_identifier(data->tg_trigger->tgname),
 						 quote_identifier(RelationGetRelationName(data->tg_relation)),
-						 manager_name(kind))));
+						 function_name(kind))));
 }
 
 static char *
@@ -180,27 +171,9 @@ newest_version(Relation rel, TupleTableSlot *slot)
 	return newest;
 }
 
-/* Ids and metadata of a row, checked; the metadata is there already */
 static void
-check_row(void *arg)
-{
-	Row		   *row = arg;
-	const Mapping *mapping = row->mapping;
-	bool		isnull;
-	Datum		d = slot_getattr(row->slot, mapping->id, &isnull);
-
-	row->change.entity_id = change_id(mapping->id_type, d, isnull, mapping->id_column);
-	if (mapping->company != InvalidAttrNumber)
-	{
-		d = slot_getattr(row->slot, mapping->company, &isnull);
-		if (!isnull)
-			row->change.company_id = change_id(mapping->company_type, d, false, "company_id");
-	}
-	change_check_metadata(row->change.metadata);
-}
-
-static void
-refuse(const Armed *armed, const TriggerData *data, Row *row, const char *complaint)
+refuse(const Armed *armed, const TriggerData *data, const QueueChange *change,
+	   const char *complaint)
 {
 	char	   *error = psprintf("trigger \"%s\" of table \"%s\": %s", data->tg_trigger->tgname,
 								 RelationGetRelationName(data->tg_relation), complaint);
@@ -210,9 +183,7 @@ refuse(const Armed *armed, const TriggerData *data, Row *row, const char *compla
 				(errcode(ERRCODE_DATA_EXCEPTION),
 				 errmsg("%s", error),
 				 errhint("Server option on_invalid is \"error\"; with \"dead_letter\" the statement would pass.")));
-	if (row->change.entity_id == NULL)
-		row->change.entity_id = cstring_to_text("");
-	queue_refuse(&row->change, error, false);
+	queue_refuse(change, error, false);
 	if (may_warn())
 		ereport(WARNING,
 				(errcode(ERRCODE_DATA_EXCEPTION),
@@ -226,28 +197,16 @@ static void
 enqueue_row(const Armed *armed, const TriggerData *data, TupleTableSlot *before,
 			TupleTableSlot *slot)
 {
-	UserpilotKind kind = armed->mapping->kind;
-	Row			row = {.mapping = armed->mapping,.slot = slot};
-	const char *complaint = armed->problems;
-	char	   *of_values;
+	QueueChange change = {.server = armed->server->name};
+	const char *complaint = mapping_change(armed->mapping, &armed->server->shape, before, slot,
+										   &change);
 
-	row.change.kind = kind;
-	row.change.server = armed->server->name;
-	row.change.metadata =
-		shape_metadata(&armed->server->shape, kind,
-					   mapping_metadata(armed->mapping, armed->server->shape.flatten, before, slot,
-										&of_values));
-	if (armed->mapping->id != InvalidAttrNumber)
-	{
-		char	   *of_row = change_complaint(check_row, &row);
-
-		complaint = complaint ? complaint : of_row;
-	}
-	complaint = complaint ? complaint : of_values;
+	if (armed->problems != NULL)
+		complaint = armed->problems;
 	if (complaint != NULL)
-		refuse(armed, data, &row, complaint);
+		refuse(armed, data, &change, complaint);
 	else
-		queue_enqueue(&row.change, manager_name(kind));
+		queue_enqueue(&change, function_name(change.kind));
 }
 
 static Datum
@@ -375,7 +334,7 @@ report_manner(Report *to, Relation rel, const Trigger *trigger, UserpilotKind ki
 		(trigger->tgtype & (TRIGGER_TYPE_DELETE | TRIGGER_TYPE_TRUNCATE)) != 0)
 		report(to, "it does not fire after INSERT or UPDATE, for each row",
 			   psprintf("CREATE TRIGGER %s AFTER INSERT OR UPDATE ON %s FOR EACH ROW EXECUTE FUNCTION %s('id', 'name');",
-						quote_identifier(trigger->tgname), table, manager_name(kind)));
+						quote_identifier(trigger->tgname), table, function_name(kind)));
 	else if (!TRIGGER_FOR_INSERT(trigger->tgtype) || !TRIGGER_FOR_UPDATE(trigger->tgtype))
 		report(to, TRIGGER_FOR_INSERT(trigger->tgtype) ? "it does not fire on UPDATE" :
 			   "it does not fire on INSERT", "CREATE TRIGGER ... AFTER INSERT OR UPDATE ...");

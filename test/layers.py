@@ -26,13 +26,13 @@ LAYERS = [
     [["quota"], ["environment"]],
     # slots, in shared memory; SQL in the extension's own schema; rows of
     # a table as its trigger maps them
-    [["state"], ["sql"], ["mapping"]],
+    [["state"], ["sql"]],
     # one table, or a few that belong together, each; environment_enabled is
     # of environment.h, but reads a table
     [["queue", "queue_table", "queue_batch", "queue_read"], ["jobs"],
      ["profiles"], ["history"], ["ledger"], ["environment_enabled"]],
     # many rows of one caller, judged by what several of those tables say
-    [["intake", "known"]],
+    [["intake", "known"], ["mapping", "mapping_row"]],
     # the lanes of one server
     [["step"],
      ["sender", "realtime", "realtime_answers", "pending", "bulk", "bulk_job", "bulk_answers",
