@@ -67,6 +67,13 @@ id_from_number(Oid type, Datum value, const char *what)
 						   type == INT4OID ? DatumGetInt32(value) : DatumGetInt16(value));
 }
 
+bool
+change_is_id_type(Oid type)
+{
+	return type == TEXTOID || type == VARCHAROID || type == INT2OID || type == INT4OID ||
+		type == INT8OID || type == NUMERICOID || type == UUIDOID;
+}
+
 /* The id as text, before its content is looked at */
 static text *
 id_to_text(Oid type, Datum value, const char *what)

@@ -8,6 +8,9 @@
 
 #include "utils/jsonb.h"
 
+/* Whether values of a type, a domain's base type, can be ids */
+extern bool change_is_id_type(Oid type);
+
 /*
  * An id argument of any accepted type as text; raises for null, empty, too
  * long, and types that are no id.  "what" is the argument's name.

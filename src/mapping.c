@@ -19,6 +19,12 @@ static const char *const function_names[USERPILOT_KINDS] = {
 	[USERPILOT_USER] = "userpilot_user_trigger"
 };
 
+const char *
+mapping_function(UserpilotKind kind)
+{
+	return function_names[kind];
+}
+
 bool
 mapping_is_ours(const Trigger *trigger, UserpilotKind *kind)
 {

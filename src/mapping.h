@@ -54,6 +54,9 @@ typedef struct Mapping
 	List	   *problems;		/* char *: what is wrong with the arguments */
 } Mapping;
 
+/* The trigger function of a kind */
+extern const char *mapping_function(UserpilotKind kind);
+
 /* Whether a trigger runs one of our functions, and of which kind */
 extern bool mapping_is_ours(const Trigger *trigger, UserpilotKind *kind);
 

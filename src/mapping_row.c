@@ -149,28 +149,20 @@ push(JsonbParseState **state, const char *name, int len, JsonbValue *value)
 	pushJsonbValue(state, WJB_VALUE, value);
 }
 
-/* An object's members as properties of their own, or nulls instead of them */
 static void
-spread(JsonbParseState **state, JsonbContainer *object, const char *prefix, bool flatten,
-	   bool as_null)
+push_member(const char *name, JsonbValue *value, void *arg)
 {
-	JsonbIterator *it = JsonbIteratorInit(object);
+	if (value->type != jbvBinary)
+		push(arg, name, strlen(name), value);
+}
+
+static void
+push_null(const char *name, JsonbValue *value, void *arg)
+{
 	JsonbValue	null = {.type = jbvNull};
-	JsonbValue	name;
-	JsonbValue	value;
 
-	check_stack_depth();
-	(void) JsonbIteratorNext(&it, &name, false);
-	while (JsonbIteratorNext(&it, &name, true) == WJB_KEY)
-	{
-		char	   *whole = psprintf("%s%.*s", prefix, name.val.string.len, name.val.string.val);
-
-		(void) JsonbIteratorNext(&it, &value, true);
-		if (value.type != jbvBinary)
-			push(state, whole, strlen(whole), as_null ? &null : &value);
-		else if (flatten && JsonContainerIsObject(value.val.binary.data))
-			spread(state, value.val.binary.data, psprintf("%s.", whole), flatten, as_null);
-	}
+	if (value->type != jbvBinary)
+		push(arg, name, strlen(name), &null);
 }
 
 /* A value being made, which may turn out to be none that jsonb can hold */
@@ -234,7 +226,7 @@ push_json_before(JsonbParseState **state, const MappingColumn *column, bool flat
 	if (old == NULL)
 		return;
 	if (JB_ROOT_IS_OBJECT(old))
-		spread(state, &old->root, json_prefix(column), flatten, true);
+		shape_walk(&old->root, json_prefix(column), flatten, push_null, state);
 	else
 		push(state, column->property, strlen(column->property), &null);
 }
@@ -251,7 +243,7 @@ push_json(JsonbParseState **state, const MappingColumn *column, bool flatten,
 		return;
 	if (JB_ROOT_IS_OBJECT(new))
 	{
-		spread(state, &new->root, prefix, flatten, false);
+		shape_walk(&new->root, prefix, flatten, push_member, state);
 		return;
 	}
 	if (JB_ROOT_IS_SCALAR(new))

@@ -7,6 +7,9 @@
 
 #include "sender.h"
 
+/* An entity held by a job is looked at again after so long (API ms) */
+#define HELD_MS 1000
+
 extern void pending_init(Realtime *rt);
 extern Pending *pending_find(const Realtime *rt, EntityKey key);
 

@@ -46,7 +46,10 @@ extern void queue_batch_flush(QueueBatch *batch);
 extern bool queue_batch_find(int64 id, char **server, char **by);
 extern uint64 queue_batch_cancel(int64 id);
 
-/* A change that can never be sent: a dead letter, once for the same */
+/*
+ * A change that can never be sent: a dead letter.  again: it may be met again,
+ * at each synchronisation of a table, and is kept once.
+ */
 extern void queue_refuse(const QueueChange *change, const char *error, bool again);
 
 /* Whether this transaction has queued anything; whether its present command

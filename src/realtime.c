@@ -25,9 +25,6 @@
 /* With more than this waiting, a job of most of them is the faster way */
 #define BACKLOG_ENTITIES 400
 
-/* An entity held by a job is looked at again after so long (API ms) */
-#define HELD_MS 1000
-
 void
 realtime_init(Sender *sender)
 {

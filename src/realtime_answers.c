@@ -10,9 +10,6 @@
 #include "history.h"
 #include "pending.h"
 
-/* A provisional body is looked at again after so long (API ms) */
-#define HELD_MS 1000
-
 /* Everything ready goes back: the circuit has opened */
 static void
 withdraw_ready(Sender *sender)

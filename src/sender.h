@@ -211,7 +211,7 @@ extern bool realtime_in_flight(const Sender *sender, EntityKey key, uint32 hash)
 extern void realtime_add_solo(Sender *sender, QueueRow **rows, int n, bool helped);
 extern int64 realtime_next_at(const Sender *sender, int64 now);
 
-/* bulk.c, bulk_prepare.c, sweep.c */
+/* bulk.c, bulk_answers.c, sweep.c */
 extern void bulk_init(Sender *sender);
 extern void bulk_recover(Sender *sender);
 extern bool bulk_due(const Sender *sender, int64 now);

@@ -87,10 +87,9 @@ push_value(JsonbParseState **state, bool as_string, JsonbValue *value)
 	pushJsonbValue(state, WJB_VALUE, &v);
 }
 
-/* One object's members; prefix is empty or ends in a dot */
-static void
-push_members(JsonbParseState **state, const Shape *shape, bool as_string,
-			 JsonbContainer *object, const char *prefix)
+void
+shape_walk(JsonbContainer *object, const char *prefix, bool flatten,
+		   ShapeMember member, void *arg)
 {
 	JsonbIterator *it = JsonbIteratorInit(object);
 	JsonbValue	name;
@@ -103,18 +102,29 @@ push_members(JsonbParseState **state, const Shape *shape, bool as_string,
 		char	   *whole = psprintf("%s%.*s", prefix, name.val.string.len, name.val.string.val);
 
 		(void) JsonbIteratorNext(&it, &value, true);
-		if (shape_excludes(shape, whole, strlen(whole)))
-			continue;
-		if (shape->flatten && value.type == jbvBinary &&
-			JsonContainerIsObject(value.val.binary.data))
-		{
-			push_members(state, shape, as_string, value.val.binary.data,
-						 psprintf("%s.", whole));
-			continue;
-		}
-		push_name(state, whole, strlen(whole));
-		push_value(state, as_string, &value);
+		if (flatten && value.type == jbvBinary && JsonContainerIsObject(value.val.binary.data))
+			shape_walk(value.val.binary.data, psprintf("%s.", whole), flatten, member, arg);
+		else
+			member(whole, &value, arg);
 	}
+}
+
+typedef struct Shaping
+{
+	const Shape *shape;
+	bool		as_string;
+	JsonbParseState *state;
+} Shaping;
+
+static void
+push_member(const char *name, JsonbValue *value, void *arg)
+{
+	Shaping    *shaping = arg;
+
+	if (shape_excludes(shaping->shape, name, strlen(name)))
+		return;
+	push_name(&shaping->state, name, strlen(name));
+	push_value(&shaping->state, shaping->as_string, value);
 }
 
 /* Whether anything would be other than it is */
@@ -142,13 +152,13 @@ Jsonb *
 shape_metadata(const Shape *shape, UserpilotKind kind, Jsonb *metadata)
 {
 	bool		as_string = shape->user_strings && kind == USERPILOT_USER;
-	JsonbParseState *state = NULL;
+	Shaping		shaping = {shape, as_string, NULL};
 
 	if (shape->nexcluded == 0 && !shape->flatten && !as_string)
 		return metadata;
 	if (!JB_ROOT_IS_OBJECT(metadata) || !changes(shape, as_string, metadata))
 		return metadata;
-	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
-	push_members(&state, shape, as_string, &metadata->root, "");
-	return JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL));
+	pushJsonbValue(&shaping.state, WJB_BEGIN_OBJECT, NULL);
+	shape_walk(&metadata->root, "", shape->flatten, push_member, &shaping);
+	return JsonbValueToJsonb(pushJsonbValue(&shaping.state, WJB_END_OBJECT, NULL));
 }

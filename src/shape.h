@@ -26,6 +26,15 @@ extern int	shape_names(const char *list, char ***names);
 
 extern bool shape_excludes(const Shape *shape, const char *name, int len);
 
+/*
+ * An object's members, named with the prefix; with flatten, objects in it give
+ * theirs, named address.city.  Arrays, and objects without, come as jbvBinary.
+ */
+typedef void (*ShapeMember) (const char *name, JsonbValue *value, void *arg);
+
+extern void shape_walk(JsonbContainer *object, const char *prefix, bool flatten,
+					   ShapeMember member, void *arg);
+
 /* Metadata as it is to be queued: the argument itself if nothing changes.
  * What is no object stays as it is. */
 extern Jsonb *shape_metadata(const Shape *shape, UserpilotKind kind, Jsonb *metadata);

@@ -230,7 +230,7 @@ void
 state_commit(void)
 {
 	Latch	   *latch;
-	int64		now = clock_now();
+	int64		now;
 
 	if (commit_wakes && my_slot != NULL && my_slot->database != MyDatabaseId)
 		my_slot = slot_find(MyDatabaseId, true);	/* it was vacated meanwhile */
@@ -240,6 +240,7 @@ state_commit(void)
 		return;
 	}
 
+	now = clock_now();
 	SpinLockAcquire(&my_slot->mutex);
 	my_slot->changes++;
 	my_slot->bulk_changes += commit_has_bulk || commit_reads_all;

@@ -34,6 +34,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "change.h"
 #include "compat.h"
 #include "environment.h"
 #include "mapping.h"
@@ -56,12 +57,6 @@ typedef struct Armed
 	char	   *problems;		/* what is wrong with its arguments, or NULL */
 } Armed;
 
-static const char *
-function_name(UserpilotKind kind)
-{
-	return kind == USERPILOT_COMPANY ? "userpilot_company_trigger" : "userpilot_user_trigger";
-}
-
 static void
 check_manner(FunctionCallInfo fcinfo, UserpilotKind kind)
 {
@@ -70,9 +65,9 @@ check_manner(FunctionCallInfo fcinfo, UserpilotKind kind)
 	if (!CALLED_AS_TRIGGER(fcinfo))
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("%s() can only be called as a trigger", function_name(kind)),
+				 errmsg("%s() can only be called as a trigger", mapping_function(kind)),
 				 errhint("CREATE TRIGGER to_userpilot AFTER INSERT OR UPDATE ON ... FOR EACH ROW EXECUTE FUNCTION %s('id', 'name');",
-						 function_name(kind))));
+						 mapping_function(kind))));
 	if (!TRIGGER_FIRED_AFTER(data->tg_event) || !TRIGGER_FIRED_FOR_ROW(data->tg_event) ||
 		TRIGGER_FIRED_BY_DELETE(data->tg_event))
 		ereport(ERROR,
@@ -82,7 +77,7 @@ check_manner(FunctionCallInfo fcinfo, UserpilotKind kind)
 				 errhint("CREATE TRIGGER %s AFTER INSERT OR UPDATE ON %s FOR EACH ROW EXECUTE FUNCTION %s('id', 'name');",
 						 quote_identifier(data->tg_trigger->tgname),
 						 quote_identifier(RelationGetRelationName(data->tg_relation)),
-						 function_name(kind))));
+						 mapping_function(kind))));
 }
 
 static char *
@@ -206,7 +201,7 @@ enqueue_row(const Armed *armed, const TriggerData *data, TupleTableSlot *before,
 	if (complaint != NULL)
 		refuse(armed, data, &change, complaint);
 	else
-		queue_enqueue(&change, function_name(change.kind));
+		queue_enqueue(&change, mapping_function(change.kind));
 }
 
 static Datum
@@ -283,13 +278,6 @@ report(Report *to, const char *finding, const char *hint)
 	to->findings++;
 }
 
-static bool
-is_id_type(Oid type)
-{
-	return type == TEXTOID || type == VARCHAROID || type == INT2OID || type == INT4OID ||
-		type == INT8OID || type == NUMERICOID || type == UUIDOID;
-}
-
 /* Whether some subscription of this database fills the table */
 static bool
 is_subscribed(Oid relid)
@@ -334,7 +322,7 @@ report_manner(Report *to, Relation rel, const Trigger *trigger, UserpilotKind ki
 		(trigger->tgtype & (TRIGGER_TYPE_DELETE | TRIGGER_TYPE_TRUNCATE)) != 0)
 		report(to, "it does not fire after INSERT or UPDATE, for each row",
 			   psprintf("CREATE TRIGGER %s AFTER INSERT OR UPDATE ON %s FOR EACH ROW EXECUTE FUNCTION %s('id', 'name');",
-						quote_identifier(trigger->tgname), table, function_name(kind)));
+						quote_identifier(trigger->tgname), table, mapping_function(kind)));
 	else if (!TRIGGER_FOR_INSERT(trigger->tgtype) || !TRIGGER_FOR_UPDATE(trigger->tgtype))
 		report(to, TRIGGER_FOR_INSERT(trigger->tgtype) ? "it does not fire on UPDATE" :
 			   "it does not fire on INSERT", "CREATE TRIGGER ... AFTER INSERT OR UPDATE ...");
@@ -364,10 +352,10 @@ report_trigger(Report *to, Relation rel, const Trigger *trigger, UserpilotKind k
 	report_manner(to, rel, trigger, kind);
 	foreach(lc, mapping->problems)
 		report(to, lfirst(lc), "CREATE OR REPLACE TRIGGER with the table's columns; rows of the meantime are in userpilot_dead_letters.");
-	if (OidIsValid(mapping->id_type) && !is_id_type(mapping->id_type))
+	if (OidIsValid(mapping->id_type) && !change_is_id_type(mapping->id_type))
 		report(to, psprintf("the id is of type %s", format_type_be(mapping->id_type)),
 			   "An id is text, varchar, smallint, integer, bigint, numeric or uuid.");
-	if (OidIsValid(mapping->company_type) && !is_id_type(mapping->company_type))
+	if (OidIsValid(mapping->company_type) && !change_is_id_type(mapping->company_type))
 		report(to, psprintf("the company's id is of type %s", format_type_be(mapping->company_type)),
 			   "An id is text, varchar, smallint, integer, bigint, numeric or uuid.");
 	report_columns(to, trigger, mapping);
