@@ -826,12 +826,17 @@ WITH counted AS MATERIALIZED (
 ), whole AS (
 	SELECT b.*, b.companies_realtime + b.companies_bulk + b.users_realtime + b.users_bulk AS pending,
 		j.id AS job, j.records AS job_records, coalesce(j.completed_rows, 0) AS job_completed,
+		-- since it was asked for it has gone on
+		CASE WHEN j.completed_rows > 0 THEN least(j.records, j.completed_rows + 1800 / 60.0
+			* coalesce(current_setting('userpilot.time_scale', true)::float8, 1)
+			* extract(epoch FROM greatest(clock_timestamp() - j.polled_at, '0')))
+			ELSE 0 END AS job_expected,
 		p.state AS said, p.delivered, p.records_per_minute, p.advice, p.last_error, p.last_error_at
 	FROM backlog b
 	LEFT JOIN userpilot_progress p ON p.server = b.server
 	LEFT JOIN LATERAL (
 		-- the newest, until its rows are gone from the queue
-		SELECT j.id, j.records, j.completed_rows FROM (
+		SELECT j.id, j.records, j.completed_rows, j.polled_at FROM (
 			SELECT * FROM userpilot_jobs n WHERE n.server = b.server ORDER BY n.id DESC LIMIT 1
 		) j
 		WHERE j.finished_at IS NULL
@@ -855,9 +860,9 @@ SELECT w.server,
 	round(w.records_per_minute::numeric) AS records_per_minute,
 	CASE WHEN w.pending > 0 AND d.reason IS NULL THEN
 		-- what is in the job is in it alone, at the job's rate
-		make_interval(secs => round(60.0 * greatest((w.pending - w.job_completed)
+		make_interval(secs => round(60.0 * greatest((w.pending - w.job_expected)
 			/ coalesce(nullif(w.records_per_minute, 0), CASE WHEN w.companies_bulk + w.users_bulk > 0 THEN 1800 ELSE 600 END),
-			(least(w.job_records, w.pending) - w.job_completed) / 1800.0, 0))::double precision)
+			(least(w.job_records, w.pending) - w.job_expected) / 1800.0, 0)))
 	END AS eta,
 	coalesce(d.reason, userpilot_launch_problem(), w.advice) AS advice,
 	w.last_error, w.last_error_at,

@@ -240,7 +240,7 @@ bulk_unknown(Sender *sender, const char *error, int64 now)
 	jobs_update(bulk->job.id, &news);
 	bulk->since = now;
 	bulk->unknown_looks = 0;
-	bulk_enter(bulk, BULK_UNKNOWN, now + delivery_poll_interval(0, bulk_expected_ms(bulk)));
+	bulk_enter(bulk, BULK_UNKNOWN, now + delivery_poll_interval(0, 0, PG_INT64_MAX));
 }
 
 /*

@@ -33,7 +33,7 @@ answered_ask(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecision *
 		if (!api_job_is_final(jobs[i].status))
 		{
 			bulk->waiting_for_slot = true;
-			bulk->next_at = now + delivery_poll_interval(now - bulk->since, 5 * 60 * 1000);
+			bulk->next_at = now + delivery_poll_interval(now - bulk->since, 5 * 60 * 1000, PG_INT64_MAX);
 			return;
 		}
 	}
@@ -64,7 +64,7 @@ answered_unknown(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecisi
 
 	if (decision->action != DELIVERY_LEARN)
 	{
-		bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk));
+		bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk), PG_INT64_MAX);
 		return;
 	}
 	for (int i = 0; i < n; i++)
@@ -84,7 +84,21 @@ answered_unknown(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecisi
 		bulk_never_arrived(sender);
 		return;
 	}
-	bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk));
+	bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk), PG_INT64_MAX);
+}
+
+/* A job that tells how far it is ends when its other records have had their
+ * time, else when all should have had it */
+static int64
+next_poll(const Bulk *bulk, int64 now)
+{
+	int64		elapsed = now - bulk->since;
+	int64		expected = bulk_expected_ms(bulk);
+	int64		left = expected - elapsed;
+
+	if (bulk->last_completed > 0)
+		left = (int64) (bulk->job.records - bulk->last_completed) * 60000 / USERPILOT_RECORDS_PER_MINUTE;
+	return now + delivery_poll_interval(elapsed, expected, left);
 }
 
 static void
@@ -104,7 +118,7 @@ accepted(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
 	jobs_update(bulk->job.id, &news);
 	bulk->lost = bulk->conflicts = 0;
 	bulk->since = now;
-	bulk_enter(bulk, BULK_RUNNING, now + delivery_poll_interval(0, bulk_expected_ms(bulk)));
+	bulk_enter(bulk, BULK_RUNNING, next_poll(bulk, now));
 }
 
 static void
@@ -188,7 +202,7 @@ note_poll(Sender *sender, const HttpResult *result, const ApiJob *job)
 	news.response = sender_answer_text(result);
 	news.polled = true;
 	jobs_update(sender->bulk.job.id, &news);
-	sender->bulk.last_completed = Max(job->completed_rows, 0);
+	sender->bulk.last_completed = Min(Max(job->completed_rows, 0), sender->bulk.job.records);
 }
 
 static void
@@ -197,7 +211,7 @@ answered_poll(Sender *sender, const HttpResult *result, const ApiJob *job,
 {
 	Bulk	   *bulk = &sender->bulk;
 
-	bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk));
+	bulk->next_at = next_poll(bulk, now);
 	if (decision->action == DELIVERY_UNKNOWN)
 	{
 		bulk_unknown(sender, error, now);
@@ -206,6 +220,7 @@ answered_poll(Sender *sender, const HttpResult *result, const ApiJob *job,
 	if (decision->action != DELIVERY_LEARN)
 		return;
 	note_poll(sender, result, job);
+	bulk->next_at = next_poll(bulk, now);
 	switch (delivery_job_end(job->status, bulk->job.records, job->total_rows, job->completed_rows))
 	{
 		case DELIVERY_JOB_RUNNING:

@@ -88,6 +88,7 @@ static const Rule rules[][4] = {
 
 #define POLL_MIN INT64CONST(2000)
 #define POLL_MAX INT64CONST(30000)
+#define POLL_LATE_PART 8
 #define POLL_GROWTH INT64CONST(60000)	/* not steeper than within a minute */
 
 #define OVERDUE_MIN INT64CONST(1800000)
@@ -312,19 +313,24 @@ delivery_outage_backoff(int in_a_row, double random)
 
 /*
  * How long after a poll to ask again.  A job of few records is expected to
- * take seconds; if it then takes longer it is still asked about often.
+ * take seconds; if it then takes longer it is still asked about often.  When
+ * its work should be done by then, at once: the next job waits for it.
  */
 int64
-delivery_poll_interval(int64 elapsed_ms, int64 expected_ms)
+delivery_poll_interval(int64 elapsed_ms, int64 expected_ms, int64 left_ms)
 {
 	int64		full = Max(expected_ms, POLL_GROWTH);
+	int64		late = elapsed_ms - Max(expected_ms, 0);
+	int64		grown;
 
 	if (elapsed_ms <= 0)
 		return POLL_MIN;
 	if (elapsed_ms >= full)
-		return POLL_MAX;
-	return POLL_MIN +
-		(int64) ((POLL_MAX - POLL_MIN) * ((double) elapsed_ms / full));
+		grown = POLL_MAX;
+	else
+		grown = POLL_MIN +
+			(int64) ((POLL_MAX - POLL_MIN) * ((double) elapsed_ms / full));
+	return Min(grown, Max(left_ms, Max(late / POLL_LATE_PART, POLL_MIN)));
 }
 
 /* After how many ms a job counts as overdue */

@@ -68,12 +68,14 @@ extern const char *delivery_action_name(DeliveryAction action);
  *   throttle: 1, 2, 4, 8 s, then on to 60 s, half fixed, half jitter
  *   outage:   probes at 1 s doubling to 60 s, and up to half as long again
  *   poll:     2 s growing to 30 s by the time the job is expected to take,
- *             but not within less than a minute
+ *             but not within less than a minute; never past the time when its
+ *             work should be done (left_ms; PG_INT64_MAX: nobody knows), and
+ *             from then on an eighth of its lateness
  */
 extern int64 delivery_entity_backoff(int attempts, double random);
 extern int64 delivery_throttle_backoff(int in_a_row, double random);
 extern int64 delivery_outage_backoff(int in_a_row, double random);
-extern int64 delivery_poll_interval(int64 elapsed_ms, int64 expected_ms);
+extern int64 delivery_poll_interval(int64 elapsed_ms, int64 expected_ms, int64 left_ms);
 
 /* When a job counts as overdue, in ms: max of 3 x expected and 30 min */
 extern int64 delivery_job_overdue(int64 expected_ms);

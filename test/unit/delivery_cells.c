@@ -329,21 +329,30 @@ test_jobs(void)
 
 	for (t = 0; t <= 400000; t += 100)
 	{
-		int64		ms = delivery_poll_interval(t, 336000);
+		int64		ms = delivery_poll_interval(t, 336000, PG_INT64_MAX);
 
 		passes = passes && ms >= 2000 && ms <= 30000 && ms >= before &&
 			(ms == 30000) == (t >= 336000);
 		before = ms;
 	}
 	check(passes, "polls grow from 2 s to 30 s over a full job");
-	check(delivery_poll_interval(0, 0) == 2000 &&
-		  delivery_poll_interval(-5, -5) == 2000 &&
-		  delivery_poll_interval(3000, 1000) < 5000 &&
-		  delivery_poll_interval(60000, 1000) == 30000,
+	check(delivery_poll_interval(0, 0, PG_INT64_MAX) == 2000 &&
+		  delivery_poll_interval(-5, -5, -5) == 2000 &&
+		  delivery_poll_interval(3000, 1000, PG_INT64_MAX) < 5000 &&
+		  delivery_poll_interval(60000, 1000, PG_INT64_MAX) == 30000,
 		  "a small job is asked about often for a minute");
-	check(delivery_poll_interval(PG_INT64_MAX, PG_INT64_MAX) == 30000 &&
-		  delivery_poll_interval(PG_INT64_MAX / 2, PG_INT64_MAX) <= 30000 &&
-		  delivery_poll_interval(PG_INT64_MAX / 2, PG_INT64_MAX) >= 2000,
+	check(delivery_poll_interval(300000, 336000, 5000) == 5000 &&
+		  delivery_poll_interval(300000, 336000, 0) == 2000 &&
+		  delivery_poll_interval(340000, 336000, 0) == 2000 &&
+		  delivery_poll_interval(100000, 336000, 200000) == delivery_poll_interval(100000, 336000, PG_INT64_MAX),
+		  "a job is asked about when it should be done");
+	check(delivery_poll_interval(336000 + 80000, 336000, 0) == 10000 &&
+		  delivery_poll_interval(336000 + 8000000, 336000, -1) == 30000,
+		  "... and ever more rarely if it is late");
+	check(delivery_poll_interval(PG_INT64_MAX, PG_INT64_MAX, PG_INT64_MAX) == 30000 &&
+		  delivery_poll_interval(PG_INT64_MAX, PG_INT64_MIN, PG_INT64_MIN) == 30000 &&
+		  delivery_poll_interval(PG_INT64_MAX / 2, PG_INT64_MAX, PG_INT64_MAX) <= 30000 &&
+		  delivery_poll_interval(PG_INT64_MAX / 2, PG_INT64_MAX, 0) >= 2000,
 		  "polls do not overflow");
 	check(delivery_job_overdue(0) == 30 * minute &&
 		  delivery_job_overdue(-1) == 30 * minute &&
