@@ -826,6 +826,7 @@ WITH counted AS MATERIALIZED (
 ), whole AS (
 	SELECT b.*, b.companies_realtime + b.companies_bulk + b.users_realtime + b.users_bulk AS pending,
 		j.id AS job, j.records AS job_records, coalesce(j.completed_rows, 0) AS job_completed,
+		coalesce(j.completed_before, 0) AS completed_before,
 		-- since it was asked for it has gone on
 		CASE WHEN j.completed_rows > 0 THEN least(j.records, j.completed_rows + 1800 / 60.0
 			* coalesce(current_setting('userpilot.time_scale', true)::float8, 1)
@@ -835,12 +836,15 @@ WITH counted AS MATERIALIZED (
 	FROM backlog b
 	LEFT JOIN userpilot_progress p ON p.server = b.server
 	LEFT JOIN LATERAL (
-		-- the newest, until its rows are gone from the queue
-		SELECT j.id, j.records, j.completed_rows, j.polled_at FROM (
-			SELECT * FROM userpilot_jobs n WHERE n.server = b.server ORDER BY n.id DESC LIMIT 1
+		-- the newest, and the one before until its rows are gone from the queue
+		SELECT j.id, j.records, j.completed_rows, j.polled_at,
+			coalesce(lead(j.completed_rows) OVER (ORDER BY j.id DESC), 0) AS completed_before
+		FROM (
+			SELECT * FROM userpilot_jobs n WHERE n.server = b.server ORDER BY n.id DESC LIMIT 2
 		) j
 		WHERE j.finished_at IS NULL
 			OR (j.status = 'completed' AND EXISTS (SELECT FROM userpilot_job_chunks c WHERE c.job = j.id))
+		ORDER BY j.id DESC LIMIT 1
 	) j ON true
 )
 SELECT w.server,
@@ -855,12 +859,12 @@ SELECT w.server,
 	w.oldest AS oldest_pending,
 	w.job,
 	CASE WHEN w.job IS NOT NULL THEN round(100.0 * least(w.job_completed, w.job_records) / greatest(w.job_records, 1), 1) END AS job_percent,
-	CASE WHEN w.pending > 0 THEN round(100.0 * (coalesce(w.delivered, 0) + w.job_completed)
+	CASE WHEN w.pending > 0 THEN round(100.0 * (coalesce(w.delivered, 0) + w.completed_before + w.job_completed)
 		/ greatest(coalesce(w.delivered, 0) + w.pending, 1), 1) END AS percent,
 	round(w.records_per_minute::numeric) AS records_per_minute,
 	CASE WHEN w.pending > 0 AND d.reason IS NULL THEN
 		-- what is in the job is in it alone, at the job's rate
-		make_interval(secs => round(60.0 * greatest((w.pending - w.job_expected)
+		make_interval(secs => round(60.0 * greatest((w.pending - w.completed_before - w.job_expected)
 			/ coalesce(nullif(w.records_per_minute, 0), CASE WHEN w.companies_bulk + w.users_bulk > 0 THEN 1800 ELSE 600 END),
 			(least(w.job_records, w.pending) - w.job_expected) / 1800.0, 0)))
 	END AS eta,

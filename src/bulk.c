@@ -114,7 +114,7 @@ become_idle(Sender *sender)
 	bulk_enter(bulk, BULK_IDLE, 0);
 }
 
-/* The job's memory goes with the next one: done and solo live in context */
+/* The job's memory goes with the next one */
 static void
 drop_flying(Bulk *bulk)
 {
@@ -196,7 +196,8 @@ bulk_completed(Sender *sender)
 	jobs_update(bulk->job.id, &news);
 	profiles_learn_job(sender->env->server, bulk->job.kind, bulk->job.id);
 	state_worker_progress();
-	move_flying(bulk, &bulk->done, bulk->done_context);
+	bulk_set_done(sender);
+	drop_flying(bulk);
 	bulk->record_limit = Min(bulk->record_limit * 2, USERPILOT_MAX_RECORDS);
 	/* the slot has just become free: no need to ask, but let others have a turn */
 	if (quota_job_slot_wanted(bulk->slot_application, clock_now()))
@@ -294,7 +295,7 @@ recover_ids(const Job *job, entities_hash **to, MemoryContext context)
 	MemoryContextSwitchTo(old);
 }
 
-/* What an earlier worker left: a job under way, jobs not yet swept */
+/* What an earlier worker left: a job under way, or dissolved */
 void
 bulk_recover(Sender *sender)
 {
@@ -306,9 +307,7 @@ bulk_recover(Sender *sender)
 	MemoryContextSwitchTo(old);
 	for (int i = 0; i < n; i++)
 	{
-		if (strcmp(jobs[i].status, JOB_COMPLETED) == 0)
-			recover_ids(&jobs[i], &bulk->done, bulk->done_context);
-		else if (strcmp(jobs[i].status, JOB_DISSOLVED) == 0)
+		if (strcmp(jobs[i].status, JOB_DISSOLVED) == 0)
 			recover_ids(&jobs[i], &bulk->solo, bulk->solo_context);
 		else if (jobs[i].finished)
 			jobs_drop_chunks(jobs[i].id);
@@ -336,7 +335,7 @@ sweep_wanted(const Sender *sender)
 {
 	const Bulk *bulk = &sender->bulk;
 
-	return bulk->dirty || bulk->done != NULL ||
+	return bulk->dirty || bulk->plan != NULL ||
 		((bulk->solo != NULL || bulk->after_solos) && sender->rt.solos == 0);
 }
 
@@ -346,14 +345,15 @@ sweep_needed(const Sender *sender)
 {
 	const Bulk *bulk = &sender->bulk;
 
-	return bulk->done != NULL || bulk->solo != NULL || realtime_backlogged(sender) ||
+	return bulk->solo != NULL || realtime_backlogged(sender) ||
 		queue_has_rows(sender->env->server, true);
 }
 
 bool
 bulk_busy(const Sender *sender)
 {
-	return sender->bulk.state != BULK_IDLE || sweep_wanted(sender) || sender->bulk.solo != NULL;
+	return sender->bulk.state != BULK_IDLE || sweep_wanted(sender) ||
+		sender->bulk.solo != NULL || sender->bulk.done.job != 0;
 }
 
 bool

@@ -15,9 +15,13 @@ extern int64 bulk_expected_ms(const Bulk *bulk);
 extern void bulk_refused(Sender *sender, const char *error, bool give_back);
 extern void bulk_dissolved(Sender *sender, const char *error);
 extern void bulk_completed(Sender *sender);
+extern void bulk_set_done(Sender *sender);
 extern void bulk_failed(Sender *sender, int64 now);
 /* No proper answer came, and it turns out not to be running */
 extern void bulk_never_arrived(Sender *sender);
 extern void bulk_unknown(Sender *sender, const char *error, int64 now);
+
+/* Adds to the count of a bulk SELECT's rows, in the order of bulk.batches */
+extern void sweep_count(const Sender *sender, int64 *pending, int64 batch, int rows);
 
 #endif

@@ -42,6 +42,9 @@ start_job(JobWriter *writer)
 	initStringInfo(&writer->chunk);
 	MemoryContextSwitchTo(old);
 	jobs_insert(writer->sender->env->server, &bulk->job);
+	memset(&bulk->rows, 0, sizeof(bulk->rows));
+	bulk->rows.job = bulk->job.id;
+	bulk->rows.kind = bulk->job.kind;
 }
 
 static void
@@ -63,8 +66,29 @@ job_writer_flush(JobWriter *writer)
 	writer->nmarked = 0;
 }
 
+/* What is to be deleted once the job has been acknowledged */
+static void
+add_rows(Bulk *bulk, const JobRow *rows, int n, const char *entity_id)
+{
+	JobRows    *to = &bulk->rows;
+
+	if (to->n + n > to->max)
+	{
+		to->max = Max(to->n + n, Max(to->max * 2, 1024));
+		to->rows = to->rows ?
+			repalloc_huge(to->rows, to->max * sizeof(JobRow)) :
+			MemoryContextAllocHuge(bulk->job_context, to->max * sizeof(JobRow));
+	}
+	for (int i = 0; i < n; i++)
+	{
+		to->rows[to->n] = rows[i];
+		to->rows[to->n++].entity_id = entity_id;
+	}
+}
+
 JobWriterResult
-job_writer_add(JobWriter *writer, Profile *profile, int *bytes)
+job_writer_add(JobWriter *writer, Profile *profile, const JobRow *rows, int nrows,
+			   int *bytes)
 {
 	Bulk	   *bulk = &writer->sender->bulk;
 	StringInfo	chunk = &writer->chunk;
@@ -90,6 +114,7 @@ job_writer_add(JobWriter *writer, Profile *profile, int *bytes)
 	profile->job = bulk->job.id;
 	key.id = MemoryContextStrdup(bulk->job_context, key.id);
 	(void) entities_insert(bulk->flying, key, &found);
+	add_rows(bulk, rows, nrows, key.id);
 	bulk->job.records++;
 	bulk->job.bytes += *bytes;
 	writer->marked[writer->nmarked++] = profile;
@@ -119,5 +144,6 @@ job_writer_finish(JobWriter *writer)
 			bulk->job.ndjson = true;
 			break;
 	}
+	bulk->rows.records = bulk->job.records;
 	jobs_set_size(&bulk->job);
 }

@@ -10,6 +10,9 @@
 /* "50 MB" may be counted in millions; keeps room for what stands around */
 #define JOB_WRITER_MAX_BYTES (50 * 1000 * 1000 - 1024)
 
+/* What its rows may come to in the queue */
+#define JOB_WRITER_MAX_ROW_BYTES (JOB_WRITER_MAX_BYTES / 4 * 5)
+
 #define JOB_WRITER_GROUP 1000
 
 typedef struct JobWriter
@@ -35,8 +38,12 @@ typedef enum JobWriterResult
 extern void job_writer_init(JobWriter *writer, Sender *sender, UserpilotKind kind,
 							int max_records);
 
-/* Appends an entity's record and marks it; *bytes is its length */
-extern JobWriterResult job_writer_add(JobWriter *writer, Profile *profile, int *bytes);
+/*
+ * Appends an entity's record and marks it; *bytes is its length.  Of its rows
+ * the caller says the places; their entity_id is set here.
+ */
+extern JobWriterResult job_writer_add(JobWriter *writer, Profile *profile,
+									  const JobRow *rows, int nrows, int *bytes);
 
 /* Writes the marks gathered so far */
 extern void job_writer_flush(JobWriter *writer);

@@ -96,14 +96,22 @@ extern int	queue_look(const char *server, Datum *snapshot, int limit,
 extern void queue_sweep(const char *server, BlockNumber start,
 						QueueRowHandler handler, void *arg);
 
+/* Those of the rows at these positions that are visible and the server's */
+extern void queue_visit(const char *server, const ItemPointerData *tids, int n,
+						QueueRowHandler handler, void *arg);
+
 /* A copy in CurrentMemoryContext that outlives the handler's call */
 extern QueueRow *queue_row_copy(const QueueRow *row);
 
 /* Bulk SELECTs that rows of the queue may belong to */
 extern void queue_batches(const char *server, MergeBatches *batches);
 
-/* How many of their rows are left, in the order of batches->batch */
-extern void queue_batches_progress(const MergeBatches *batches, const int64 *pending);
+/*
+ * How many of their rows are left, in the order of batches->batch, or (change)
+ * how many more or fewer.
+ */
+extern void queue_batches_progress(const MergeBatches *batches, const int64 *pending,
+								   bool change);
 
 /* Folds a row into an entity, without what is excluded by now */
 extern void queue_fold(MergeEntity *entity, const MergeBatches *batches,

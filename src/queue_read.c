@@ -147,6 +147,24 @@ is_server(TupleTableSlot *slot, const char *server, int len)
 	return VARSIZE_ANY_EXHDR(text) == (Size) len && memcmp(VARDATA_ANY(text), server, len) == 0;
 }
 
+static void
+handle_slot(TupleTableSlot *slot, const char *server, int server_len,
+			MemoryContext per_row, QueueRowHandler handler, void *arg)
+{
+	MemoryContext old = MemoryContextSwitchTo(per_row);
+	QueueRow	row;
+
+	slot_getallattrs(slot);
+	if (is_server(slot, server, server_len))
+	{
+		read_slot_row(slot, &row);
+		MemoryContextSwitchTo(old);
+		handler(&row, arg);
+	}
+	MemoryContextSwitchTo(old);
+	MemoryContextReset(per_row);
+}
+
 /* Rows of blocks [from, to) */
 static void
 sweep_range(Relation rel, BlockNumber from, BlockNumber to, const char *server,
@@ -166,19 +184,8 @@ sweep_range(Relation rel, BlockNumber from, BlockNumber to, const char *server,
 	scan = table_beginscan_tidrange(rel, GetActiveSnapshot(), &first, &last);
 	while (table_scan_getnextslot_tidrange(scan, ForwardScanDirection, slot))
 	{
-		MemoryContext old = MemoryContextSwitchTo(per_row);
-		QueueRow	row;
-
 		CHECK_FOR_INTERRUPTS();
-		slot_getallattrs(slot);
-		if (is_server(slot, server, server_len))
-		{
-			read_slot_row(slot, &row);
-			MemoryContextSwitchTo(old);
-			handler(&row, arg);
-		}
-		MemoryContextSwitchTo(old);
-		MemoryContextReset(per_row);
+		handle_slot(slot, server, server_len, per_row, handler, arg);
 	}
 	table_endscan(scan);
 	ExecDropSingleTupleTableSlot(slot);
@@ -197,6 +204,34 @@ queue_sweep(const char *server, BlockNumber start, QueueRowHandler handler, void
 	sweep_range(rel, start, nblocks, server, handler, arg);
 	if (start > 0)
 		sweep_range(rel, 0, start, server, handler, arg);
+	table_close(rel, NoLock);
+}
+
+void
+queue_visit(const char *server, const ItemPointerData *tids, int n,
+			QueueRowHandler handler, void *arg)
+{
+	Relation	rel = table_open(sql_relid("userpilot_queue"), AccessShareLock);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	MemoryContext per_row = AllocSetContextCreate(CurrentMemoryContext,
+												  "userpilot sweep row",
+												  ALLOCSET_SMALL_SIZES);
+	BlockNumber nblocks = RelationGetNumberOfBlocks(rel);
+	int			server_len = strlen(server);
+
+	queue_check_shape(rel);
+	for (int i = 0; i < n; i++)
+	{
+		CHECK_FOR_INTERRUPTS();
+		if (ItemPointerGetBlockNumber(&tids[i]) >= nblocks ||
+			!table_tuple_fetch_row_version(rel, unconstify(ItemPointerData *, &tids[i]),
+										   GetActiveSnapshot(), slot))
+			continue;
+		handle_slot(slot, server, server_len, per_row, handler, arg);
+		ExecClearTuple(slot);
+	}
+	ExecDropSingleTupleTableSlot(slot);
+	MemoryContextDelete(per_row);
 	table_close(rel, NoLock);
 }
 
@@ -262,16 +297,16 @@ queue_batches(const char *server, MergeBatches *batches)
 }
 
 void
-queue_batches_progress(const MergeBatches *batches, const int64 *pending)
+queue_batches_progress(const MergeBatches *batches, const int64 *pending, bool change)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"UPDATE @.userpilot_batches b SET pending = v.pending"
+		"UPDATE @.userpilot_batches b SET pending = greatest(v.pending + CASE WHEN $3 THEN b.pending ELSE 0 END, 0)"
 		" FROM unnest($1, $2) AS v(id, pending)"
-		" WHERE b.id = v.id AND b.pending <> v.pending",
-		2, {INT8ARRAYOID, INT8ARRAYOID});
+		" WHERE b.id = v.id AND v.pending <> CASE WHEN $3 THEN 0 ELSE b.pending END",
+		3, {INT8ARRAYOID, INT8ARRAYOID, BOOLOID});
 	Datum	   *ids = palloc(Max(batches->n, 1) * sizeof(Datum));
 	Datum	   *counts = palloc(Max(batches->n, 1) * sizeof(Datum));
-	Datum		args[2];
+	Datum		args[3];
 
 	for (int i = 0; i < batches->n; i++)
 	{
@@ -280,6 +315,7 @@ queue_batches_progress(const MergeBatches *batches, const int64 *pending)
 	}
 	args[0] = PointerGetDatum(construct_array(ids, batches->n, INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
 	args[1] = PointerGetDatum(construct_array(counts, batches->n, INT8OID, 8, FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	args[2] = BoolGetDatum(change);
 	(void) sql_execute(&statement, args, NULL, false);
 }
 
@@ -392,7 +428,9 @@ queue_delete(const QueueRow *rows, int n)
 	}
 	ExecDropSingleTupleTableSlot(slot);
 	table_close(rel, NoLock);
+	/* a further pass of this transaction must not meet them again */
 	CommandCounterIncrement();
+	UpdateActiveSnapshotCommandId();
 	return deleted;
 }
 

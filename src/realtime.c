@@ -333,6 +333,13 @@ make_ready(Sender *sender, Pending *pending)
 	rt->nready++;
 }
 
+/* A twentieth is kept for what is fresh, which also goes first */
+int
+realtime_help_limit(int per_minute)
+{
+	return per_minute - per_minute / 20;
+}
+
 /*
  * How many of those to be sent may go now; the others wait.  The right to a
  * call is taken before the mark, so that a body leaves soon after it: after a
@@ -352,9 +359,8 @@ within_quota(Sender *sender, Pending **sending, int n, int64 now)
 	while (fresh < n && !sending[fresh]->solo)
 		fresh++;
 	granted = quota_calls_take(sender->env->fingerprint, per_minute, fresh, now, &wait_until);
-	/* a tenth is kept for what is fresh */
 	if (granted == fresh)
-		granted += quota_calls_take(sender->env->fingerprint, per_minute - per_minute / 10,
+		granted += quota_calls_take(sender->env->fingerprint, realtime_help_limit(per_minute),
 									n - fresh, now, &wait_until);
 	for (int i = granted; i < n; i++)
 		pending_wait(rt, sending[i], wait_until);

@@ -130,6 +130,16 @@ sender_delivered(Sender *sender, int64 records)
 		state_worker_progress();
 }
 
+/* From what a sweep has counted; bulk rows first, as nearly all are */
+void
+sender_rows_gone(Sender *sender, UserpilotKind kind, int64 n)
+{
+	int64		bulk = Min(n, sender->counted[kind][true]);
+
+	sender->counted[kind][true] -= bulk;
+	sender->counted[kind][false] = Max(sender->counted[kind][false] - (n - bulk), 0);
+}
+
 double
 sender_random(void)
 {

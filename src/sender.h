@@ -102,20 +102,42 @@ typedef enum BulkState
 	BULK_UNKNOWN				/* did it arrive? */
 } BulkState;
 
+/* Rows of the queue, by their places; entity_id ends in NUL */
+typedef struct JobRow
+{
+	uint64		lsn;
+	int64		batch;
+	const char *entity_id;
+	ItemPointerData tid;
+} JobRow;
+
+typedef struct JobRows
+{
+	int64		job;			/* 0: none */
+	UserpilotKind kind;
+	int			records;
+	JobRow	   *rows;
+	int			n;
+	int			max;
+} JobRows;
+
 typedef struct Bulk
 {
 	Lane		lane;
 	MemoryContext context;
 	BulkState	state;
 	bool		calling;
-	MemoryContext job_context;	/* of job and flying */
+	MemoryContext job_context;	/* of job, flying and rows */
 	MemoryContext body_context;
 	HttpPiece  *body;
 	int			npieces;
 	Call		call;			/* the one under way */
 	Job			job;
 	entities_hash *flying;		/* entities of the job; NULL: no job */
-	entities_hash *done;		/* ... of jobs acknowledged, rows to be swept */
+	JobRows		rows;			/* of the queue, that went into the job */
+	MemoryContext done_context; /* of done */
+	JobRows		done;			/* of the job before: acknowledged, to be deleted */
+	struct Plan *plan;			/* of the next jobs, or NULL */
 	entities_hash *solo;		/* ... of dissolved jobs */
 	BlockNumber position;		/* the next sweep begins here */
 	bool		dirty;			/* something may be there to sweep */
@@ -129,7 +151,6 @@ typedef struct Bulk
 	int			conflicts;		/* 409s in a row */
 	bool		waiting_for_slot;
 	uint64		slot_application;	/* whose job slot is held, 0: none */
-	MemoryContext done_context;
 	MemoryContext solo_context;
 	MemoryContext batches_context;
 	MergeBatches batches;
@@ -180,6 +201,7 @@ extern int64 sender_call_delay(const Sender *sender);
 extern void sender_paused(Sender *sender, const char *reason);
 extern void sender_error(Sender *sender, const char *error);
 extern void sender_delivered(Sender *sender, int64 records);
+extern void sender_rows_gone(Sender *sender, UserpilotKind kind, int64 n);
 extern bool sender_has_work(const Sender *sender);
 extern int64 sender_next_at(const Sender *sender, int64 now);
 extern void sender_report(Sender *sender, int64 now, bool force);
@@ -209,9 +231,11 @@ extern void realtime_answered(Sender *sender, HttpResult **results, int n, int64
 extern bool realtime_backlogged(const Sender *sender);
 extern bool realtime_in_flight(const Sender *sender, EntityKey key, uint32 hash);
 extern void realtime_add_solo(Sender *sender, QueueRow **rows, int n, bool helped);
+/* Calls a minute that may be spent on what is not fresh */
+extern int	realtime_help_limit(int per_minute);
 extern int64 realtime_next_at(const Sender *sender, int64 now);
 
-/* bulk.c, bulk_answers.c, sweep.c */
+/* bulk.c, bulk_answers.c, bulk_done.c, sweep.c */
 extern void bulk_init(Sender *sender);
 extern void bulk_recover(Sender *sender);
 extern bool bulk_due(const Sender *sender, int64 now);
@@ -222,6 +246,9 @@ extern void bulk_discard(Sender *sender);
 extern void bulk_start(Sender *sender, int64 now);
 extern void bulk_answered(Sender *sender, HttpResult *result, int64 now);
 extern bool bulk_prepare(Sender *sender);
+extern void bulk_changed(Sender *sender);
+extern bool bulk_done_due(const Sender *sender);
+extern void bulk_delete_done(Sender *sender);
 extern bool bulk_holds(const Sender *sender, EntityKey key);
 extern bool bulk_overdue(const Sender *sender, int64 now);
 extern int64 bulk_next_at(const Sender *sender, int64 now);

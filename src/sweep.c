@@ -18,35 +18,28 @@
 #include "utils/timestamp.h"
 
 #include "clock.h"
+#include "bulk_job.h"
 #include "job_writer.h"
+#include "plan.h"
 
 /* Profiles are read and written so many at a time */
 #define GROUP 1000
 
 /* What the real-time lane is handed of a bulk backlog is held in memory; less
- * than the smallest number is left to a last job */
+ * than the smallest number is left to a job */
 #define HELP_MIN_ROWS 1000
 #define HELP_ROWS 10000
 #define HELP_BYTES (16 * 1024 * 1024)
 
 /* Positions kept for deletion; further rows wait for the next sweep */
-#define MAX_POSITIONS 2000000
+#define MAX_POSITIONS 1000000
 
 typedef enum SweepSort
 {
 	SWEEP_JOB,
-	SWEEP_DONE,
 	SWEEP_SOLO,
 	SWEEP_HELP					/* for no job now: the real-time lane's, perhaps */
 } SweepSort;
-
-/* Where a row stands, and which it is */
-typedef struct SweptRow
-{
-	ItemPointerData tid;
-	uint64		lsn;
-	int64		batch;
-} SweptRow;
 
 typedef struct Swept
 {
@@ -54,7 +47,7 @@ typedef struct Swept
 	SweepSort	sort;
 	int			nrows;
 	int			maxrows;
-	SweptRow   *rows;
+	JobRow   *rows;
 	List	   *copies;			/* of a solo: whole rows */
 	bool		raised;			/* a version rose though nothing is sent */
 } Swept;
@@ -68,14 +61,18 @@ typedef struct Sweep
 	int			nswept;
 	int			maxswept;
 	int			njob;
+	int			job_limit;
 	Size		job_bytes;		/* of its rows, about */
 	bool		kind_chosen;
 	UserpilotKind kind;
+	const PlanUnit *unit;		/* what is swept; NULL: the whole queue */
+	Plan	   *plan;			/* being made of what is left out, or NULL */
 	bool		left_out;		/* more is there for the bulk lane */
 	BlockNumber next_start;
 	int			positions;
 	bool		solo_seen;
-	int64	   *pending;		/* rows left of each bulk SELECT */
+	int64	   *pending;		/* rows of each bulk SELECT: left, or if it is a unit,
+								 * more or fewer */
 
 	/* entities the real-time lane may still take of what is left out */
 	int			help;
@@ -99,20 +96,32 @@ stays_in_realtime(uint32 hash)
 
 /*
  * While a job runs, the real-time lane sends as many of the records that are
- * not in it as its limit allows, but for the tenth it keeps for what is fresh.
+ * not in it as its limit allows, but for what it keeps for what is fresh.
  * So both lanes finish together.
  */
+static int
+help_per_minute(const Sender *sender)
+{
+	return realtime_help_limit(Min(sender->env->requests_per_minute,
+								   USERPILOT_REQUESTS_PER_MINUTE));
+}
+
+static int
+help_per_job(const Sender *sender)
+{
+	return (int64) sender->bulk.record_limit * help_per_minute(sender) /
+		USERPILOT_RECORDS_PER_MINUTE;
+}
+
 static int
 room_for_help(const Sender *sender)
 {
 	const Realtime *rt = &sender->rt;
-	int			per_minute = Min(sender->env->requests_per_minute,
-								 USERPILOT_REQUESTS_PER_MINUTE);
+	int			room = help_per_job(sender) - (int) rt->pending->members;
 
 	if (rt->overflow || rt->lane.outages > 0 || rt->lane.throttled > 0 || sender->paused)
 		return 0;
-	return (int64) sender->bulk.record_limit * (per_minute - per_minute / 10) /
-		USERPILOT_RECORDS_PER_MINUTE - (int) rt->pending->members;
+	return room >= HELP_MIN_ROWS ? room : 0;
 }
 
 static bool
@@ -125,32 +134,42 @@ realtime_may_help(Sweep *sweep, const QueueRow *row)
 	return true;
 }
 
+/* A row the bulk lane is to send, now or later */
 static bool
-takes_into_job(Sweep *sweep, const QueueRow *row, uint32 hash)
+for_bulk_lane(const Sweep *sweep, const QueueRow *row, uint32 hash)
 {
-	Sender	   *sender = sweep->sender;
-
-	if (!row->bulk && (!realtime_backlogged(sender) || stays_in_realtime(hash)))
-		return false;
-	if ((sweep->kind_chosen && row->kind != sweep->kind) ||
-		sweep->njob >= sender->bulk.record_limit || sweep->job_bytes > JOB_WRITER_MAX_BYTES / 4 * 5)
-	{
-		if (!sweep->left_out)
-			sweep->next_start = ItemPointerGetBlockNumber(&row->tid);
-		sweep->left_out = true;
-		return false;
-	}
-	return true;
+	return row->bulk || (realtime_backlogged(sweep->sender) && !stays_in_realtime(hash));
 }
 
-static void
-count_batch(Sweep *sweep, int64 batch, int rows)
+static bool
+fits_job(const Sweep *sweep, const QueueRow *row)
 {
-	const MergeBatches *batches = &sweep->sender->bulk.batches;
+	return (!sweep->kind_chosen || row->kind == sweep->kind) &&
+		sweep->njob < sweep->job_limit && sweep->job_bytes <= JOB_WRITER_MAX_ROW_BYTES;
+}
+
+/* For a later job, which may be planned now */
+static void
+leave_out(Sweep *sweep, const QueueRow *row, EntityKey key, uint32 hash)
+{
+	sweep->left_rows++;
+	if (sweep->plan != NULL &&
+		plan_add(sweep->plan, key, hash, &row->tid, row->bulk,
+				 toast_raw_datum_size(PointerGetDatum(row->metadata))))
+		return;
+	if (!sweep->left_out)
+		sweep->next_start = ItemPointerGetBlockNumber(&row->tid);
+	sweep->left_out = true;
+}
+
+void
+sweep_count(const Sender *sender, int64 *pending, int64 batch, int rows)
+{
+	const MergeBatches *batches = &sender->bulk.batches;
 	const MergeBatch *found = batch ? merge_batches_find(batches, batch) : NULL;
 
 	if (found != NULL)
-		sweep->pending[found - batches->batch] += rows;
+		pending[found - batches->batch] += rows;
 }
 
 /* Whether, and as what, a row's entity is taken along */
@@ -166,15 +185,15 @@ sort_of(Sweep *sweep, const QueueRow *row, EntityKey key, uint32 hash, SweepSort
 	}
 	if (bulk->solo && entities_lookup_hash(bulk->solo, key, hash))
 		*sort = SWEEP_SOLO;
-	else if (bulk->done && entities_lookup_hash(bulk->done, key, hash))
-		*sort = SWEEP_DONE;
-	else if (takes_into_job(sweep, row, hash))
+	else if (!for_bulk_lane(sweep, row, hash))
+		return false;
+	else if (fits_job(sweep, row))
 		*sort = SWEEP_JOB;
 	else if (realtime_may_help(sweep, row))
 		*sort = SWEEP_HELP;
 	else
 	{
-		sweep->left_rows += row->bulk;
+		leave_out(sweep, row, key, hash);
 		return false;
 	}
 	return true;
@@ -230,8 +249,8 @@ add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 	{
 		swept->maxrows = Max(2, swept->maxrows * 2);
 		swept->rows = swept->rows ?
-			repalloc(swept->rows, swept->maxrows * sizeof(SweptRow)) :
-			palloc(swept->maxrows * sizeof(SweptRow));
+			repalloc(swept->rows, swept->maxrows * sizeof(JobRow)) :
+			palloc(swept->maxrows * sizeof(JobRow));
 	}
 	swept->rows[swept->nrows].tid = row->tid;
 	swept->rows[swept->nrows].lsn = row->lsn;
@@ -241,10 +260,20 @@ add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 }
 
 static void
+count_row(Sweep *sweep, const QueueRow *row)
+{
+	Sender	   *sender = sweep->sender;
+
+	sender->counted[row->kind][row->bulk]++;
+	sweep_count(sender, sweep->pending, row->batch, 1);
+	if (sender->oldest == 0 || row->enqueued_at < sender->oldest)
+		sender->oldest = row->enqueued_at;
+}
+
+static void
 sweep_row(const QueueRow *row, void *arg)
 {
 	Sweep	   *sweep = arg;
-	Sender	   *sender = sweep->sender;
 	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
 	uint32		hash = entity_hash(key);	/* once for all tables: every row is here */
 	EntityEntry *entry = entities_lookup_hash(sweep->table, key, hash);
@@ -252,10 +281,8 @@ sweep_row(const QueueRow *row, void *arg)
 	MemoryContext old;
 	SweepSort	sort;
 
-	sender->counted[row->kind][row->bulk]++;
-	count_batch(sweep, row->batch, 1);
-	if (sender->oldest == 0 || row->enqueued_at < sender->oldest)
-		sender->oldest = row->enqueued_at;
+	if (sweep->unit == NULL)
+		count_row(sweep, row);
 
 	old = MemoryContextSwitchTo(sweep->context);
 	if (swept == NULL && sort_of(sweep, row, key, hash, &sort))
@@ -334,7 +361,8 @@ finish_nothing(Sweep *sweep, Swept **nothing, int n)
 	for (int i = 0; i < n; i++)
 	{
 		for (int r = 0; r < nothing[i]->nrows; r++)
-			count_batch(sweep, nothing[i]->rows[r].batch, -1);
+			sweep_count(sweep->sender, sweep->pending, nothing[i]->rows[r].batch, -1);
+		sender_rows_gone(sweep->sender, nothing[i]->profile.key.kind, nothing[i]->nrows);
 		merge_free(nothing[i]->profile.merge);
 	}
 	rows = whole_rows(nothing, n, &total);
@@ -396,7 +424,7 @@ send(Sweep *sweep, Swept *swept, bool help, bool *full)
 		hand_to_realtime(sweep, swept);
 	else if (swept->sort == SWEEP_JOB && !*full)
 	{
-		switch (job_writer_add(&sweep->job, &swept->profile, &bytes))
+		switch (job_writer_add(&sweep->job, &swept->profile, swept->rows, swept->nrows, &bytes))
 		{
 			case JOB_WRITER_TAKEN:
 				return;			/* the writer frees it */
@@ -469,34 +497,61 @@ reload_batches(Sender *sender)
 	MemoryContextSwitchTo(old);
 }
 
-/* Jobs whose rows have been swept, or whose records have all been sent */
+/* A dissolved job whose records have all been sent */
 static void
-forget_finished(Sweep *sweep)
+forget_dissolved(Sweep *sweep)
 {
 	Bulk	   *bulk = &sweep->sender->bulk;
 
-	if (bulk->done != NULL)
-	{
-		/* with its rows gone, in one commit: so progress never falls */
-		sender_delivered(sweep->sender, bulk->done->members);
-		jobs_drop_done(sweep->sender->env->server, JOB_COMPLETED);
-		MemoryContextReset(bulk->done_context);
-		bulk->done = NULL;
-	}
-	if (bulk->solo != NULL && !sweep->solo_seen && sweep->sender->rt.solos == 0)
-	{
-		jobs_drop_done(sweep->sender->env->server, JOB_DISSOLVED);
-		MemoryContextReset(bulk->solo_context);
-		bulk->solo = NULL;
-	}
+	if (bulk->solo == NULL || sweep->solo_seen || sweep->sender->rt.solos > 0)
+		return;
+	jobs_drop_done(sweep->sender->env->server, JOB_DISSOLVED);
+	MemoryContextReset(bulk->solo_context);
+	bulk->solo = NULL;
+}
+
+/* The whole queue once; what is left out becomes the plan */
+static void
+sweep_queue(Sweep *sweep)
+{
+	Sender	   *sender = sweep->sender;
+	MemoryContext old = MemoryContextSwitchTo(sender->bulk.context);
+
+	sweep->plan = plan_create(sender->bulk.record_limit + help_per_job(sender));
+	MemoryContextSwitchTo(old);
+	memset(sender->counted, 0, sizeof(sender->counted));
+	sender->oldest = 0;
+	queue_sweep(sender->env->server, sender->bulk.position, sweep_row, sweep);
+	plan_close(sweep->plan);
+	if (plan_rows(sweep->plan) > 0)
+		sender->bulk.plan = sweep->plan;
+	else
+		plan_free(sweep->plan);
+	sender->bulk.position = sweep->left_out ? sweep->next_start : 0;
+}
+
+/* The rows of a unit; the last one's are shared, so that both lanes end together */
+static void
+sweep_unit(Sweep *sweep)
+{
+	Sender	   *sender = sweep->sender;
+	const PlanUnit *unit = sweep->unit;
+	int			share = (int64) unit->entities * USERPILOT_RECORDS_PER_MINUTE /
+		(USERPILOT_RECORDS_PER_MINUTE + help_per_minute(sender));
+
+	sweep->left_rows = plan_rows(sender->bulk.plan);
+	if (sweep->left_rows == 0 && !sender->bulk.dirty && unit->bulk &&
+		sweep->help >= unit->entities - share && unit->entities - share >= HELP_MIN_ROWS)
+		sweep->job_limit = Min(sweep->job_limit, share);
+	queue_visit(sender->env->server, unit->tids, unit->n, sweep_row, sweep);
 }
 
 /*
- * Sweeps; returns whether there is a job to submit, marked and written, which
- * needs a durable commit.
+ * Sweeps the next unit, or everything if there is none; returns whether there
+ * is a job to submit, marked and written, which needs a durable commit.
  */
-bool
-bulk_prepare(Sender *sender)
+static bool
+prepare(Sender *sender, const PlanUnit *unit)
 {
 	Bulk	   *bulk = &sender->bulk;
 	Sweep		sweep = {0};
@@ -504,31 +559,68 @@ bulk_prepare(Sender *sender)
 
 	Assert(bulk->flying == NULL);
 	sweep.sender = sender;
+	sweep.unit = unit;
+	sweep.job_limit = bulk->record_limit;
 	sweep.help = room_for_help(sender);
 	sweep.context = AllocSetContextCreate(CurrentMemoryContext, "userpilot sweep",
 										  ALLOCSET_DEFAULT_SIZES);
 	old = MemoryContextSwitchTo(sweep.context);
 	sweep.table = entities_create(sweep.context, 1024, NULL);
 	MemoryContextReset(bulk->job_context);
-	memset(sender->counted, 0, sizeof(sender->counted));
-	sender->oldest = 0;
 	reload_batches(sender);
 	sweep.pending = palloc0(Max(bulk->batches.n, 1) * sizeof(int64));
 
-	queue_sweep(sender->env->server, bulk->position, sweep_row, &sweep);
+	if (unit != NULL)
+		sweep_unit(&sweep);
+	else
+		sweep_queue(&sweep);
 	job_writer_init(&sweep.job, sender, sweep.kind, sweep.njob);
 	decide(&sweep);
 	if (bulk->flying != NULL)
 		job_writer_finish(&sweep.job);
-	forget_finished(&sweep);
-	queue_batches_progress(&bulk->batches, sweep.pending);
-	bulk->position = sweep.left_out ? sweep.next_start : 0;
-	bulk->dirty = sweep.left_out;
-	bulk->after_solos = sweep.solo_waits;
+	forget_dissolved(&sweep);
+	queue_batches_progress(&bulk->batches, sweep.pending, unit != NULL);
+	bulk->dirty = sweep.left_out || (unit != NULL && bulk->dirty);
+	bulk->after_solos = sweep.solo_waits || (unit != NULL && bulk->after_solos);
 
 	MemoryContextSwitchTo(old);
 	MemoryContextDelete(sweep.context);
 	if (bulk->flying != NULL && bulk->job.records == 0)
 		bulk_discard(sender);
 	return bulk->flying != NULL;
+}
+
+static void
+forget_plan(Bulk *bulk)
+{
+	if (bulk->plan == NULL)
+		return;
+	bulk->dirty |= plan_rows(bulk->plan) > 0;
+	plan_free(bulk->plan);
+	bulk->plan = NULL;
+}
+
+/* New rows are there for the bulk lane: they are to be counted and found */
+void
+bulk_changed(Sender *sender)
+{
+	forget_plan(&sender->bulk);
+	sender->bulk.dirty = true;
+}
+
+bool
+bulk_prepare(Sender *sender)
+{
+	Bulk	   *bulk = &sender->bulk;
+	const PlanUnit *unit;
+
+	/* a dissolved job's rows may be anywhere */
+	if (bulk->solo != NULL)
+		forget_plan(bulk);
+	while (bulk->plan != NULL && (unit = plan_next(bulk->plan)) != NULL)
+		if (prepare(sender, unit))
+			return true;
+	forget_plan(bulk);
+	bulk_delete_done(sender);
+	return prepare(sender, NULL);
 }

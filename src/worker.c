@@ -287,7 +287,7 @@ step_look(StateWake wake)
 		if (look_at_all)
 			realtime_reset_look(senders[i]);
 		if (wake.bulk_changes != seen_bulk_changes || look_at_all)
-			senders[i]->bulk.dirty = true;
+			bulk_changed(senders[i]);
 		realtime_look(senders[i]);
 		if (realtime_wave_due(senders[i], now))
 			durable |= realtime_wave(senders[i], now);
@@ -317,6 +317,14 @@ step_sender(Sender *sender)
 		step_end(durable);
 		if (sender->bulk.state == before)
 			bulk_start(sender, clock_now());
+		did = true;
+	}
+	if (bulk_done_due(sender))
+	{
+		begin_step();
+		bulk_delete_done(sender);
+		sender_report(sender, now, false);
+		step_end(false);
 		did = true;
 	}
 	if (realtime_wave_due(sender, now))
