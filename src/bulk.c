@@ -413,6 +413,8 @@ bulk_step(Sender *sender, int64 now)
 				bulk_enter(bulk, BULK_SUBMIT, now);
 				return true;
 			}
+			if (bulk->plan != NULL)
+				return false;
 			become_idle(sender);
 			bulk->next_at = now + LEFT_OUT_MS;
 			return false;

@@ -17,17 +17,16 @@
 #define CHUNK_BYTES (1024 * 1024)
 
 void
-job_writer_init(JobWriter *writer, Sender *sender, UserpilotKind kind, int max_records)
+job_writer_init(JobWriter *writer, Sender *sender, int max_records)
 {
 	memset(writer, 0, sizeof(*writer));
 	writer->sender = sender;
-	writer->kind = kind;
 	writer->max_records = max_records;
 	writer->context = CurrentMemoryContext;
 }
 
 static void
-start_job(JobWriter *writer)
+start_job(JobWriter *writer, UserpilotKind kind)
 {
 	Bulk	   *bulk = &writer->sender->bulk;
 	Datum		uuid = DirectFunctionCall1(gen_random_uuid, (Datum) 0);
@@ -35,7 +34,7 @@ start_job(JobWriter *writer)
 	MemoryContext old = MemoryContextSwitchTo(bulk->job_context);
 
 	memset(&bulk->job, 0, sizeof(bulk->job));
-	bulk->job.kind = writer->kind;
+	bulk->job.kind = kind;
 	bulk->job.filename = psprintf("userpilot-%s.ndjson", text);
 	bulk->flying = entities_create(bulk->job_context, writer->max_records, NULL);
 	MemoryContextSwitchTo(writer->context);
@@ -61,8 +60,6 @@ void
 job_writer_flush(JobWriter *writer)
 {
 	profiles_write(writer->sender->env->server, writer->marked, writer->nmarked, PROFILE_MARKED);
-	for (int i = 0; i < writer->nmarked; i++)
-		merge_free(writer->marked[i]->merge);
 	writer->nmarked = 0;
 }
 
@@ -97,7 +94,7 @@ job_writer_add(JobWriter *writer, Profile *profile, const JobRow *rows, int nrow
 	bool		found;
 
 	if (bulk->flying == NULL)
-		start_job(writer);
+		start_job(writer, key.kind);
 	before = chunk->len;
 	payload_merged(chunk, key.kind, key.id, key.len, profile->merge);
 	appendStringInfoChar(chunk, '\n');

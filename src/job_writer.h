@@ -18,7 +18,6 @@
 typedef struct JobWriter
 {
 	Sender	   *sender;
-	UserpilotKind kind;
 	int			max_records;
 	MemoryContext context;
 	StringInfoData chunk;
@@ -29,14 +28,13 @@ typedef struct JobWriter
 
 typedef enum JobWriterResult
 {
-	JOB_WRITER_TAKEN,			/* its merge is freed with the next flush */
+	JOB_WRITER_TAKEN,			/* needed until the next flush */
 	JOB_WRITER_FULL,
 	JOB_WRITER_TOO_LARGE		/* for any job */
 } JobWriterResult;
 
 /* Writes nothing before the first record; in CurrentMemoryContext */
-extern void job_writer_init(JobWriter *writer, Sender *sender, UserpilotKind kind,
-							int max_records);
+extern void job_writer_init(JobWriter *writer, Sender *sender, int max_records);
 
 /*
  * Appends an entity's record and marks it; *bytes is its length.  Of its rows

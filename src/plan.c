@@ -13,25 +13,44 @@
 #define MAX_UNITS 10
 #define MAX_ROWS 1000000
 
+#define SOLO 0					/* the unit of those that are sent alone */
+
+typedef struct PlanRow
+{
+	ItemPointerData tid;
+	uint16		group;
+} PlanRow;
+
 typedef struct OpenUnit
 {
-	PlanUnit	unit;
-	int			maxtids;
+	int			entities;
+	bool		bulk;
 	Size		bytes;
+	PlanRow    *rows;
+	int			n;
+	int			max;
 } OpenUnit;
 
 struct Plan
 {
 	MemoryContext context;
-	MemoryContext pass_context; /* of table */
-	entities_hash *table;		/* whose data is the entity's unit */
+	MemoryContext pass_context; /* of table and places */
+	MemoryContext unit_context; /* of the unit taken last */
+	entities_hash *table;
 	int			per_unit;
 	int			rows;
-	OpenUnit	units[MAX_UNITS];
+	OpenUnit	units[1 + MAX_UNITS];
 	int			nunits;
 	int			taken;
 	OpenUnit   *open[USERPILOT_KINDS];	/* a job is of one kind */
 };
+
+/* Where an entity's rows belong: data of the table */
+typedef struct Place
+{
+	OpenUnit   *unit;
+	uint16		group;
+} Place;
 
 Plan *
 plan_create(int entities_per_unit)
@@ -43,8 +62,11 @@ plan_create(int entities_per_unit)
 	plan->context = context;
 	plan->pass_context = AllocSetContextCreate(context, "userpilot plan pass",
 											   ALLOCSET_DEFAULT_SIZES);
+	plan->unit_context = AllocSetContextCreate(context, "userpilot plan unit",
+											   ALLOCSET_DEFAULT_SIZES);
 	plan->table = entities_create(plan->pass_context, 1024, NULL);
 	plan->per_unit = entities_per_unit;
+	plan->nunits = 1;			/* that of SOLO */
 	return plan;
 }
 
@@ -53,46 +75,83 @@ unit_for(Plan *plan, UserpilotKind kind)
 {
 	OpenUnit   *unit = plan->open[kind];
 
-	if (unit != NULL && unit->unit.entities < plan->per_unit && unit->bytes <= JOB_WRITER_MAX_ROW_BYTES)
+	if (unit != NULL && unit->entities < plan->per_unit &&
+		unit->bytes <= JOB_WRITER_MAX_ROW_BYTES)
 		return unit;
-	if (plan->nunits == MAX_UNITS)
+	if (plan->nunits == lengthof(plan->units))
 		return NULL;
 	unit = plan->open[kind] = &plan->units[plan->nunits++];
-	unit->unit.bulk = true;
+	unit->bulk = true;
 	return unit;
+}
+
+/* The entity's place; NULL if it has none and there is no unit for it */
+static Place *
+place_of(Plan *plan, EntityKey key, uint32 hash, bool solo)
+{
+	EntityEntry *entry = entities_lookup_hash(plan->table, key, hash);
+	OpenUnit   *unit;
+	Place	   *place;
+	char	   *id;
+	bool		found;
+
+	if (entry != NULL)
+		return entry->data;
+	unit = solo ? &plan->units[SOLO] : unit_for(plan, key.kind);
+	if (unit == NULL || unit->entities / PLAN_GROUP > PG_UINT16_MAX)
+		return NULL;
+	place = MemoryContextAlloc(plan->pass_context, sizeof(Place) + key.len);
+	place->unit = unit;
+	place->group = unit->entities++ / PLAN_GROUP;
+	id = (char *) (place + 1);
+	memcpy(id, key.id, key.len);
+	key.id = id;
+	entities_insert_hash(plan->table, key, hash, &found)->data = place;
+	return place;
+}
+
+static bool
+add(Plan *plan, EntityKey key, uint32 hash, const ItemPointerData *tid, bool bulk,
+	Size bytes, bool solo)
+{
+	Place	   *place = plan->rows < MAX_ROWS ? place_of(plan, key, hash, solo) : NULL;
+	OpenUnit   *unit;
+
+	if (place == NULL)
+		return false;
+	unit = place->unit;
+	if (unit->n == unit->max)
+	{
+		unit->max = Max(1024, unit->max * 2);
+		unit->rows = unit->rows ?
+			repalloc(unit->rows, unit->max * sizeof(PlanRow)) :
+			MemoryContextAlloc(plan->context, unit->max * sizeof(PlanRow));
+	}
+	unit->rows[unit->n].tid = *tid;
+	unit->rows[unit->n++].group = place->group;
+	unit->bulk &= bulk;
+	unit->bytes += bytes;
+	plan->rows++;
+	return true;
 }
 
 bool
 plan_add(Plan *plan, EntityKey key, uint32 hash, const ItemPointerData *tid, bool bulk,
 		 Size bytes)
 {
-	EntityEntry *entry = entities_lookup_hash(plan->table, key, hash);
-	OpenUnit   *unit = entry ? entry->data : NULL;
-	bool		found;
+	return add(plan, key, hash, tid, bulk, bytes, false);
+}
 
-	if (plan->rows == MAX_ROWS || (unit == NULL && (unit = unit_for(plan, key.kind)) == NULL))
-		return false;
-	if (entry == NULL)
-	{
-		char	   *id = MemoryContextAlloc(plan->pass_context, key.len);
+bool
+plan_knows(const Plan *plan, EntityKey key, uint32 hash)
+{
+	return entities_lookup_hash(plan->table, key, hash) != NULL;
+}
 
-		memcpy(id, key.id, key.len);
-		key.id = id;
-		entities_insert_hash(plan->table, key, hash, &found)->data = unit;
-		unit->unit.entities++;
-	}
-	if (unit->unit.n == unit->maxtids)
-	{
-		unit->maxtids = Max(1024, unit->maxtids * 2);
-		unit->unit.tids = unit->unit.tids ?
-			repalloc(unit->unit.tids, unit->maxtids * sizeof(ItemPointerData)) :
-			MemoryContextAlloc(plan->context, unit->maxtids * sizeof(ItemPointerData));
-	}
-	unit->unit.tids[unit->unit.n++] = *tid;
-	unit->unit.bulk &= bulk;
-	unit->bytes += bytes;
-	plan->rows++;
-	return true;
+bool
+plan_add_solo(Plan *plan, EntityKey key, uint32 hash, const ItemPointerData *tid)
+{
+	return add(plan, key, hash, tid, true, 0, true);
 }
 
 void
@@ -102,18 +161,53 @@ plan_close(Plan *plan)
 	plan->table = NULL;
 }
 
-const PlanUnit *
-plan_next(Plan *plan)
+/* Its rows group by group, within a group in the order of the pass */
+static PlanUnit *
+arrange(const OpenUnit *from)
 {
-	if (plan->taken > 0 && plan->units[plan->taken - 1].unit.tids != NULL)
+	PlanUnit   *unit = palloc0(sizeof(PlanUnit));
+	int			end = 0;
+
+	unit->entities = from->entities;
+	unit->bulk = from->bulk;
+	unit->ngroups = (from->entities + PLAN_GROUP - 1) / PLAN_GROUP;
+	unit->ends = palloc0(unit->ngroups * sizeof(int));
+	unit->tids = palloc(from->n * sizeof(ItemPointerData));
+	for (int i = 0; i < from->n; i++)
+		unit->ends[from->rows[i].group]++;
+	/* first where each begins; filling it moves that to its end */
+	for (int g = 0; g < unit->ngroups; g++)
 	{
-		pfree(plan->units[plan->taken - 1].unit.tids);
-		plan->units[plan->taken - 1].unit.tids = NULL;
+		int			n = unit->ends[g];
+
+		unit->ends[g] = end;
+		end += n;
 	}
+	for (int i = 0; i < from->n; i++)
+		unit->tids[unit->ends[from->rows[i].group]++] = from->rows[i].tid;
+	return unit;
+}
+
+const PlanUnit *
+plan_next(Plan *plan, bool *solo)
+{
+	MemoryContext old;
+	OpenUnit   *next;
+	PlanUnit   *unit;
+
+	MemoryContextReset(plan->unit_context);
+	while (plan->taken < plan->nunits && plan->units[plan->taken].n == 0)
+		plan->taken++;
 	if (plan->taken == plan->nunits)
 		return NULL;
-	plan->rows -= plan->units[plan->taken].unit.n;
-	return &plan->units[plan->taken++].unit;
+	*solo = plan->taken == SOLO;
+	next = &plan->units[plan->taken++];
+	old = MemoryContextSwitchTo(plan->unit_context);
+	unit = arrange(next);
+	MemoryContextSwitchTo(old);
+	pfree(next->rows);
+	plan->rows -= next->n;
+	return unit;
 }
 
 int

@@ -3,10 +3,11 @@
  *	  Which rows of the queue the next jobs are made of: one pass over the
  *	  queue serves several jobs.
  *
- * A plan is positions only, in units of about one job.  A row is read again,
- * and judged, when its unit has its turn: what was sent, cancelled or moved
- * meanwhile is then not found there, and what came meanwhile waits for the
- * next pass, as it would have waited for the running job.
+ * A plan is positions only, in units of what both lanes can send while one job
+ * runs.  A row is read again, and judged, when its unit has its turn: what was
+ * sent, cancelled or moved meanwhile is then not found there, and what came
+ * meanwhile waits for the next pass, as it would have waited for the running
+ * job.
  */
 #ifndef USERPILOT_PLAN_H
 #define USERPILOT_PLAN_H
@@ -15,28 +16,39 @@
 
 #include "entities.h"
 
+/* A unit is read so many entities at a time */
+#define PLAN_GROUP 1000
+
 typedef struct Plan Plan;
 
 typedef struct PlanUnit
 {
 	int			entities;
 	bool		bulk;			/* all of it queued as bulk */
-	int			n;
-	ItemPointerData *tids;		/* in the order of the pass */
+	ItemPointerData *tids;		/* group by group */
+	int			ngroups;
+	int		   *ends;			/* of the groups, in tids */
 } PlanUnit;
 
-/* A new plan; goes with its context, which becomes a child of the current */
+/* A new plan, in a context of its own below the current one */
 extern Plan *plan_create(int entities_per_unit);
 
 /* Takes a row in, of about so many bytes; false: there is no room */
 extern bool plan_add(Plan *plan, EntityKey key, uint32 hash,
 					 const ItemPointerData *tid, bool bulk, Size bytes);
 
+/* Whether rows of the entity have been taken in */
+extern bool plan_knows(const Plan *plan, EntityKey key, uint32 hash);
+
+/* One that is to be sent alone: these make the first unit, of any size */
+extern bool plan_add_solo(Plan *plan, EntityKey key, uint32 hash,
+						  const ItemPointerData *tid);
+
 /* The pass is over: no further rows */
 extern void plan_close(Plan *plan);
 
-/* The next unit, or NULL; it lives until the one after it is taken */
-extern const PlanUnit *plan_next(Plan *plan);
+/* The next unit, or NULL; it lives until the next one is taken */
+extern const PlanUnit *plan_next(Plan *plan, bool *solo);
 
 /* Rows of the units not yet taken */
 extern int	plan_rows(const Plan *plan);

@@ -1,14 +1,13 @@
 /*
  * sweep.c
- *	  The sweep: one pass over the queue makes the next job.
+ *	  The sweep: what is queued becomes the next job.
  *
- * Every visible row of the chosen entities is merged in, of both lanes,
- * because a row of a bulk SELECT may only be judged with all changes of its
- * entity at hand.  Three sorts of entity are taken along: those for the new
- * job; those of jobs just acknowledged, whose rows go if nothing is left to
- * send; and those of dissolved jobs, which travel one by one.  Deleting only
- * where the merge finds nothing to send is what makes it safe whatever was
- * queued meanwhile.
+ * A pass over the queue notes where the rows of the next jobs are (plan.c).
+ * Then a unit of that plan is read again, a group of entities at a time, and
+ * each entity is judged with its profile: it goes into the job, or record by
+ * record through the real-time lane (what is left of a dissolved job, and what
+ * this job has no room for), or nothing is left to send for it and its rows go.
+ * So what is held in memory is a group's, however long the queue.
  */
 #include "postgres.h"
 
@@ -17,38 +16,31 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
-#include "clock.h"
 #include "bulk_job.h"
 #include "job_writer.h"
 #include "plan.h"
+#include "share.h"
 
-/* Profiles are read and written so many at a time */
-#define GROUP 1000
-
-/* What the real-time lane is handed of a bulk backlog is held in memory; less
- * than the smallest number is left to a job */
-#define HELP_MIN_ROWS 1000
+/* What the real-time lane is handed of a bulk backlog is held in memory */
 #define HELP_ROWS 10000
-#define HELP_BYTES (16 * 1024 * 1024)
-
-/* Positions kept for deletion; further rows wait for the next sweep */
-#define MAX_POSITIONS 1000000
+#define HELP_BYTES (8 * 1024 * 1024)
 
 typedef enum SweepSort
 {
 	SWEEP_JOB,
 	SWEEP_SOLO,
-	SWEEP_HELP					/* for no job now: the real-time lane's, perhaps */
+	SWEEP_HELP					/* not in this job: the real-time lane's */
 } SweepSort;
 
+/* An entity and its rows: their places, or, for the real-time lane, copies */
 typedef struct Swept
 {
 	Profile		profile;
 	SweepSort	sort;
 	int			nrows;
 	int			maxrows;
-	JobRow   *rows;
-	List	   *copies;			/* of a solo: whole rows */
+	JobRow	   *rows;
+	List	   *copies;
 	bool		raised;			/* a version rose though nothing is sent */
 } Swept;
 
@@ -56,111 +48,30 @@ typedef struct Sweep
 {
 	Sender	   *sender;
 	MemoryContext context;
-	entities_hash *table;
-	Swept	  **swept;
-	int			nswept;
-	int			maxswept;
-	int			njob;
-	int			job_limit;
-	Size		job_bytes;		/* of its rows, about */
-	bool		kind_chosen;
-	UserpilotKind kind;
-	const PlanUnit *unit;		/* what is swept; NULL: the whole queue */
-	Plan	   *plan;			/* being made of what is left out, or NULL */
+	int64	   *pending;		/* rows of each bulk SELECT: counted by a pass, then
+								 * what has changed */
 	bool		left_out;		/* more is there for the bulk lane */
 	BlockNumber next_start;
-	int			positions;
 	bool		solo_seen;
-	int64	   *pending;		/* rows of each bulk SELECT: left, or if it is a unit,
-								 * more or fewer */
-
-	/* entities the real-time lane may still take of what is left out */
-	int			help;
-	int			help_rows;
-	Size		help_bytes;
-	int64		left_rows;
 	bool		solo_waits;
 
+	/* what a unit may become */
+	int			job_limit;
+	bool		full;
+	int			help;			/* entities the real-time lane may take */
+	int			help_rows;
+	Size		help_bytes;
 	JobWriter	job;
+
+	/* the group at hand */
+	MemoryContext group_context;
+	entities_hash *table;
+	Swept	   *swept[PLAN_GROUP];
+	int			nswept;
+	int			njob;
 } Sweep;
 
 /* ------------------------------------------------------------- the pass */
-
-/* Of a real-time backlog the lane keeps its share of both lanes' capacity */
-static bool
-stays_in_realtime(uint32 hash)
-{
-	return hash % (USERPILOT_REQUESTS_PER_MINUTE + USERPILOT_RECORDS_PER_MINUTE) <
-		USERPILOT_REQUESTS_PER_MINUTE;
-}
-
-/*
- * While a job runs, the real-time lane sends as many of the records that are
- * not in it as its limit allows, but for what it keeps for what is fresh.
- * So both lanes finish together.
- */
-static int
-help_per_minute(const Sender *sender)
-{
-	return realtime_help_limit(Min(sender->env->requests_per_minute,
-								   USERPILOT_REQUESTS_PER_MINUTE));
-}
-
-static int
-help_per_job(const Sender *sender)
-{
-	return (int64) sender->bulk.record_limit * help_per_minute(sender) /
-		USERPILOT_RECORDS_PER_MINUTE;
-}
-
-static int
-room_for_help(const Sender *sender)
-{
-	const Realtime *rt = &sender->rt;
-	int			room = help_per_job(sender) - (int) rt->pending->members;
-
-	if (rt->overflow || rt->lane.outages > 0 || rt->lane.throttled > 0 || sender->paused)
-		return 0;
-	return room >= HELP_MIN_ROWS ? room : 0;
-}
-
-static bool
-realtime_may_help(Sweep *sweep, const QueueRow *row)
-{
-	if (!row->bulk || sweep->help <= 0 || sweep->help_rows >= HELP_ROWS ||
-		sweep->help_bytes >= HELP_BYTES)
-		return false;
-	sweep->help--;
-	return true;
-}
-
-/* A row the bulk lane is to send, now or later */
-static bool
-for_bulk_lane(const Sweep *sweep, const QueueRow *row, uint32 hash)
-{
-	return row->bulk || (realtime_backlogged(sweep->sender) && !stays_in_realtime(hash));
-}
-
-static bool
-fits_job(const Sweep *sweep, const QueueRow *row)
-{
-	return (!sweep->kind_chosen || row->kind == sweep->kind) &&
-		sweep->njob < sweep->job_limit && sweep->job_bytes <= JOB_WRITER_MAX_ROW_BYTES;
-}
-
-/* For a later job, which may be planned now */
-static void
-leave_out(Sweep *sweep, const QueueRow *row, EntityKey key, uint32 hash)
-{
-	sweep->left_rows++;
-	if (sweep->plan != NULL &&
-		plan_add(sweep->plan, key, hash, &row->tid, row->bulk,
-				 toast_raw_datum_size(PointerGetDatum(row->metadata))))
-		return;
-	if (!sweep->left_out)
-		sweep->next_start = ItemPointerGetBlockNumber(&row->tid);
-	sweep->left_out = true;
-}
 
 void
 sweep_count(const Sender *sender, int64 *pending, int64 batch, int rows)
@@ -170,6 +81,73 @@ sweep_count(const Sender *sender, int64 *pending, int64 batch, int rows)
 
 	if (found != NULL)
 		pending[found - batches->batch] += rows;
+}
+
+static void
+count_row(Sweep *sweep, const QueueRow *row)
+{
+	Sender	   *sender = sweep->sender;
+
+	sender->counted[row->kind][row->bulk]++;
+	sweep_count(sender, sweep->pending, row->batch, 1);
+	if (sender->oldest == 0 || row->enqueued_at < sender->oldest)
+		sender->oldest = row->enqueued_at;
+}
+
+static void
+plan_row(const QueueRow *row, void *arg)
+{
+	Sweep	   *sweep = arg;
+	Sender	   *sender = sweep->sender;
+	Plan	   *plan = sender->bulk.plan;
+	entities_hash *solo = sender->bulk.solo;
+	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
+	uint32		hash = entity_hash(key);	/* once for all tables: every row is here */
+	bool		planned;
+
+	count_row(sweep, row);
+	if (solo != NULL && entities_lookup_hash(solo, key, hash))
+		planned = plan_add_solo(plan, key, hash, &row->tid);
+	else if (share_bulk_row(sender, row, hash) || plan_knows(plan, key, hash))
+		planned = plan_add(plan, key, hash, &row->tid, row->bulk,
+						   toast_raw_datum_size(PointerGetDatum(row->metadata)));
+	else
+		return;
+	if (planned)
+		return;
+	if (!sweep->left_out)
+		sweep->next_start = ItemPointerGetBlockNumber(&row->tid);
+	sweep->left_out = true;
+}
+
+/* The whole queue once, from where the last pass ran out of room */
+static void
+pass(Sweep *sweep)
+{
+	Sender	   *sender = sweep->sender;
+	Bulk	   *bulk = &sender->bulk;
+	MemoryContext old = MemoryContextSwitchTo(bulk->context);
+
+	bulk->plan = plan_create(share_entities_per_unit(sender));
+	MemoryContextSwitchTo(old);
+	memset(sender->counted, 0, sizeof(sender->counted));
+	sender->oldest = 0;
+	queue_sweep(sender->env->server, bulk->position, plan_row, sweep);
+	plan_close(bulk->plan);
+	bulk->position = sweep->left_out ? sweep->next_start : 0;
+	queue_batches_progress(&bulk->batches, sweep->pending, false);
+	memset(sweep->pending, 0, Max(bulk->batches.n, 1) * sizeof(int64));
+}
+
+/* ------------------------------------------------------ a group's entities */
+
+static bool
+fits_job(const Sweep *sweep)
+{
+	const Bulk *bulk = &sweep->sender->bulk;
+	int			taken = bulk->flying != NULL ? bulk->job.records : 0;
+
+	return !sweep->full && taken + sweep->njob < sweep->job_limit;
 }
 
 /* Whether, and as what, a row's entity is taken along */
@@ -185,46 +163,38 @@ sort_of(Sweep *sweep, const QueueRow *row, EntityKey key, uint32 hash, SweepSort
 	}
 	if (bulk->solo && entities_lookup_hash(bulk->solo, key, hash))
 		*sort = SWEEP_SOLO;
-	else if (!for_bulk_lane(sweep, row, hash))
+	else if (!share_bulk_row(sweep->sender, row, hash))
 		return false;
-	else if (fits_job(sweep, row))
+	else if (fits_job(sweep))
 		*sort = SWEEP_JOB;
-	else if (realtime_may_help(sweep, row))
+	else if (row->bulk && sweep->help > 0 && sweep->help_rows < HELP_ROWS &&
+			 sweep->help_bytes < HELP_BYTES)
 		*sort = SWEEP_HELP;
 	else
 	{
-		leave_out(sweep, row, key, hash);
+		sweep->left_out = true;
 		return false;
 	}
 	return true;
 }
 
 static Swept *
-admit(Sweep *sweep, const QueueRow *row, EntityKey key, SweepSort sort)
+admit(Sweep *sweep, EntityKey key, uint32 hash, SweepSort sort)
 {
 	Swept	   *swept = palloc0(sizeof(Swept));
-	EntityEntry *entry;
 	bool		found;
 
 	swept->sort = sort;
 	swept->profile.key = key;
 	swept->profile.key.id = pnstrdup(key.id, key.len);
-	swept->profile.merge = merge_begin(&sweep->sender->bulk.batches);
-	entry = entities_insert(sweep->table, swept->profile.key, &found);
-	entry->data = swept;
+	entities_insert_hash(sweep->table, swept->profile.key, hash, &found)->data = swept;
 	if (sort == SWEEP_JOB)
 	{
-		sweep->kind_chosen = true;
-		sweep->kind = row->kind;
+		swept->profile.merge = merge_begin(&sweep->sender->bulk.batches);
 		sweep->njob++;
 	}
-	if (sweep->nswept == sweep->maxswept)
-	{
-		sweep->maxswept = Max(1024, sweep->maxswept * 2);
-		sweep->swept = sweep->swept ?
-			repalloc(sweep->swept, sweep->maxswept * sizeof(Swept *)) :
-			palloc(sweep->maxswept * sizeof(Swept *));
-	}
+	else if (sort == SWEEP_HELP)
+		sweep->help--;
 	sweep->swept[sweep->nswept++] = swept;
 	return swept;
 }
@@ -232,19 +202,15 @@ admit(Sweep *sweep, const QueueRow *row, EntityKey key, SweepSort sort)
 static void
 add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 {
-	queue_fold(swept->profile.merge, &sweep->sender->bulk.batches,
-			   &sweep->sender->env->shape, row);
-	if (swept->sort == SWEEP_SOLO || swept->sort == SWEEP_HELP)
-		swept->copies = lappend(swept->copies, queue_row_copy(row));
-	if (swept->sort == SWEEP_JOB)
-		sweep->job_bytes += toast_raw_datum_size(PointerGetDatum(row->metadata));
-	if (swept->sort == SWEEP_HELP)
+	if (swept->sort != SWEEP_JOB)
 	{
+		swept->copies = lappend(swept->copies, queue_row_copy(row));
 		sweep->help_rows++;
 		sweep->help_bytes += VARSIZE_ANY(row->metadata);
-	}
-	if (sweep->positions >= MAX_POSITIONS)
 		return;
+	}
+	queue_fold(swept->profile.merge, &sweep->sender->bulk.batches,
+			   &sweep->sender->env->shape, row);
 	if (swept->nrows == swept->maxrows)
 	{
 		swept->maxrows = Max(2, swept->maxrows * 2);
@@ -256,18 +222,6 @@ add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 	swept->rows[swept->nrows].lsn = row->lsn;
 	swept->rows[swept->nrows].batch = row->batch;
 	swept->nrows++;
-	sweep->positions++;
-}
-
-static void
-count_row(Sweep *sweep, const QueueRow *row)
-{
-	Sender	   *sender = sweep->sender;
-
-	sender->counted[row->kind][row->bulk]++;
-	sweep_count(sender, sweep->pending, row->batch, 1);
-	if (sender->oldest == 0 || row->enqueued_at < sender->oldest)
-		sender->oldest = row->enqueued_at;
 }
 
 static void
@@ -275,18 +229,15 @@ sweep_row(const QueueRow *row, void *arg)
 {
 	Sweep	   *sweep = arg;
 	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
-	uint32		hash = entity_hash(key);	/* once for all tables: every row is here */
+	uint32		hash = entity_hash(key);
 	EntityEntry *entry = entities_lookup_hash(sweep->table, key, hash);
 	Swept	   *swept = entry ? entry->data : NULL;
-	MemoryContext old;
+	MemoryContext old = MemoryContextSwitchTo(sweep->group_context);
 	SweepSort	sort;
 
-	if (sweep->unit == NULL)
-		count_row(sweep, row);
-
-	old = MemoryContextSwitchTo(sweep->context);
-	if (swept == NULL && sort_of(sweep, row, key, hash, &sort))
-		swept = admit(sweep, row, key, sort);
+	/* more than a group: the table was rewritten since the pass */
+	if (swept == NULL && sweep->nswept < PLAN_GROUP && sort_of(sweep, row, key, hash, &sort))
+		swept = admit(sweep, key, hash, sort);
 	if (swept != NULL)
 		add_row(sweep, swept, row);
 	MemoryContextSwitchTo(old);
@@ -363,7 +314,6 @@ finish_nothing(Sweep *sweep, Swept **nothing, int n)
 		for (int r = 0; r < nothing[i]->nrows; r++)
 			sweep_count(sweep->sender, sweep->pending, nothing[i]->rows[r].batch, -1);
 		sender_rows_gone(sweep->sender, nothing[i]->profile.key.kind, nothing[i]->nrows);
-		merge_free(nothing[i]->profile.merge);
 	}
 	rows = whole_rows(nothing, n, &total);
 	(void) queue_delete(rows, total);
@@ -401,6 +351,8 @@ any_changed(const MergeEntity *merge)
 	return false;
 }
 
+/* -------------------------------------------------------------- decisions */
+
 static void
 hand_to_realtime(Sweep *sweep, Swept *swept)
 {
@@ -414,73 +366,100 @@ hand_to_realtime(Sweep *sweep, Swept *swept)
 	sweep->solo_waits = true;
 }
 
-/* What is to be sent, one way or another */
 static void
-send(Sweep *sweep, Swept *swept, bool help, bool *full)
+add_to_job(Sweep *sweep, Swept *swept)
 {
 	int			bytes;
 
-	if (swept->sort == SWEEP_SOLO || (swept->sort == SWEEP_HELP && help))
-		hand_to_realtime(sweep, swept);
-	else if (swept->sort == SWEEP_JOB && !*full)
+	if (sweep->full)
 	{
-		switch (job_writer_add(&sweep->job, &swept->profile, swept->rows, swept->nrows, &bytes))
-		{
-			case JOB_WRITER_TAKEN:
-				return;			/* the writer frees it */
-			case JOB_WRITER_FULL:
-				*full = sweep->left_out = true;
-				break;
-			case JOB_WRITER_TOO_LARGE:
-				bury_oversized(sweep, swept, bytes);
-				break;
-		}
-	}
-	else
 		sweep->left_out = true;
-	merge_free(swept->profile.merge);
+		return;
+	}
+	switch (job_writer_add(&sweep->job, &swept->profile, swept->rows, swept->nrows, &bytes))
+	{
+		case JOB_WRITER_TAKEN:
+			break;
+		case JOB_WRITER_FULL:
+			sweep->full = sweep->left_out = true;
+			break;
+		case JOB_WRITER_TOO_LARGE:
+			bury_oversized(sweep, swept, bytes);
+			break;
+	}
 }
 
-/*
- * Decides every entity, a group at a time: what a group's profiles and merges
- * hold is gone before the next one's are read.
- */
 static void
 decide(Sweep *sweep)
 {
-	MemoryContext context = AllocSetContextCreate(sweep->context, "userpilot group",
-												  ALLOCSET_DEFAULT_SIZES);
-	MemoryContext old = MemoryContextSwitchTo(context);
-	bool		help = sweep->help_rows + sweep->left_rows >= HELP_MIN_ROWS;
-	bool		full = false;
+	Swept	   *job[PLAN_GROUP];
+	Swept	   *nothing[PLAN_GROUP];
+	int			njob = 0;
+	int			nnothing = 0;
 
-	for (int start = 0; start < sweep->nswept; start += GROUP)
+	for (int i = 0; i < sweep->nswept; i++)
 	{
-		Swept	  **group = sweep->swept + start;
-		int			n = Min(GROUP, sweep->nswept - start);
-		Swept	  **nothing = palloc(n * sizeof(Swept *));
-		int			nnothing = 0;
-
-		CHECK_FOR_INTERRUPTS();
-		read_profiles(sweep, group, n);
-		for (int i = 0; i < n; i++)
-		{
-			MergeEntity *merge = group[i]->profile.merge;
-
-			if (merge_finish(merge) > 0 || !group[i]->profile.exists)
-			{
-				send(sweep, group[i], help, &full);
-				continue;
-			}
-			group[i]->raised = any_changed(merge);
-			merge_mark(merge);
-			nothing[nnothing++] = group[i];
-		}
-		job_writer_flush(&sweep->job);
-		finish_nothing(sweep, nothing, nnothing);
-		MemoryContextReset(context);
+		if (sweep->swept[i]->sort == SWEEP_JOB)
+			job[njob++] = sweep->swept[i];
+		else
+			hand_to_realtime(sweep, sweep->swept[i]);
 	}
-	MemoryContextSwitchTo(old);
+	read_profiles(sweep, job, njob);
+	for (int i = 0; i < njob; i++)
+	{
+		MergeEntity *merge = job[i]->profile.merge;
+
+		if (merge_finish(merge) > 0 || !job[i]->profile.exists)
+		{
+			add_to_job(sweep, job[i]);
+			continue;
+		}
+		job[i]->raised = any_changed(merge);
+		merge_mark(merge);
+		nothing[nnothing++] = job[i];
+	}
+	job_writer_flush(&sweep->job);
+	finish_nothing(sweep, nothing, nnothing);
+}
+
+/* ---------------------------------------------------------------- units */
+
+static void
+sweep_unit(Sweep *sweep, const PlanUnit *unit, bool solo)
+{
+	Sender	   *sender = sweep->sender;
+	int			start = 0;
+
+	if (solo)
+		sweep->job_limit = sweep->help = 0;
+	else
+		sweep->job_limit = share_unit(sender, unit, &sweep->help);
+	for (int g = 0; g < unit->ngroups; g++)
+	{
+		MemoryContext old = MemoryContextSwitchTo(sweep->group_context);
+
+		sweep->table = entities_create(sweep->group_context, PLAN_GROUP, NULL);
+		sweep->nswept = sweep->njob = 0;
+		queue_visit(sender->env->server, unit->tids + start, unit->ends[g] - start,
+					sweep_row, sweep);
+		decide(sweep);
+		start = unit->ends[g];
+		MemoryContextSwitchTo(old);
+		MemoryContextReset(sweep->group_context);
+	}
+}
+
+/* One unit, after the one of those that travel alone; false: there is none */
+static bool
+sweep_next(Sweep *sweep)
+{
+	Bulk	   *bulk = &sweep->sender->bulk;
+	const PlanUnit *unit = NULL;
+	bool		solo = true;
+
+	while (solo && bulk->plan != NULL && (unit = plan_next(bulk->plan, &solo)) != NULL)
+		sweep_unit(sweep, unit, solo);
+	return unit != NULL;
 }
 
 /* ------------------------------------------------------------ the whole */
@@ -510,86 +489,6 @@ forget_dissolved(Sweep *sweep)
 	bulk->solo = NULL;
 }
 
-/* The whole queue once; what is left out becomes the plan */
-static void
-sweep_queue(Sweep *sweep)
-{
-	Sender	   *sender = sweep->sender;
-	MemoryContext old = MemoryContextSwitchTo(sender->bulk.context);
-
-	sweep->plan = plan_create(sender->bulk.record_limit + help_per_job(sender));
-	MemoryContextSwitchTo(old);
-	memset(sender->counted, 0, sizeof(sender->counted));
-	sender->oldest = 0;
-	queue_sweep(sender->env->server, sender->bulk.position, sweep_row, sweep);
-	plan_close(sweep->plan);
-	if (plan_rows(sweep->plan) > 0)
-		sender->bulk.plan = sweep->plan;
-	else
-		plan_free(sweep->plan);
-	sender->bulk.position = sweep->left_out ? sweep->next_start : 0;
-}
-
-/* The rows of a unit; the last one's are shared, so that both lanes end together */
-static void
-sweep_unit(Sweep *sweep)
-{
-	Sender	   *sender = sweep->sender;
-	const PlanUnit *unit = sweep->unit;
-	int			share = (int64) unit->entities * USERPILOT_RECORDS_PER_MINUTE /
-		(USERPILOT_RECORDS_PER_MINUTE + help_per_minute(sender));
-
-	sweep->left_rows = plan_rows(sender->bulk.plan);
-	if (sweep->left_rows == 0 && !sender->bulk.dirty && unit->bulk &&
-		sweep->help >= unit->entities - share && unit->entities - share >= HELP_MIN_ROWS)
-		sweep->job_limit = Min(sweep->job_limit, share);
-	queue_visit(sender->env->server, unit->tids, unit->n, sweep_row, sweep);
-}
-
-/*
- * Sweeps the next unit, or everything if there is none; returns whether there
- * is a job to submit, marked and written, which needs a durable commit.
- */
-static bool
-prepare(Sender *sender, const PlanUnit *unit)
-{
-	Bulk	   *bulk = &sender->bulk;
-	Sweep		sweep = {0};
-	MemoryContext old;
-
-	Assert(bulk->flying == NULL);
-	sweep.sender = sender;
-	sweep.unit = unit;
-	sweep.job_limit = bulk->record_limit;
-	sweep.help = room_for_help(sender);
-	sweep.context = AllocSetContextCreate(CurrentMemoryContext, "userpilot sweep",
-										  ALLOCSET_DEFAULT_SIZES);
-	old = MemoryContextSwitchTo(sweep.context);
-	sweep.table = entities_create(sweep.context, 1024, NULL);
-	MemoryContextReset(bulk->job_context);
-	reload_batches(sender);
-	sweep.pending = palloc0(Max(bulk->batches.n, 1) * sizeof(int64));
-
-	if (unit != NULL)
-		sweep_unit(&sweep);
-	else
-		sweep_queue(&sweep);
-	job_writer_init(&sweep.job, sender, sweep.kind, sweep.njob);
-	decide(&sweep);
-	if (bulk->flying != NULL)
-		job_writer_finish(&sweep.job);
-	forget_dissolved(&sweep);
-	queue_batches_progress(&bulk->batches, sweep.pending, unit != NULL);
-	bulk->dirty = sweep.left_out || (unit != NULL && bulk->dirty);
-	bulk->after_solos = sweep.solo_waits || (unit != NULL && bulk->after_solos);
-
-	MemoryContextSwitchTo(old);
-	MemoryContextDelete(sweep.context);
-	if (bulk->flying != NULL && bulk->job.records == 0)
-		bulk_discard(sender);
-	return bulk->flying != NULL;
-}
-
 static void
 forget_plan(Bulk *bulk)
 {
@@ -608,19 +507,55 @@ bulk_changed(Sender *sender)
 	sender->bulk.dirty = true;
 }
 
+/*
+ * One unit's turn.  Returns whether there is a job to submit, marked and
+ * written, which needs a durable commit; if there is none, and a plan still,
+ * it may be called again.
+ */
 bool
 bulk_prepare(Sender *sender)
 {
 	Bulk	   *bulk = &sender->bulk;
-	const PlanUnit *unit;
+	Sweep		sweep = {0};
+	MemoryContext old;
+	bool		passed = false;
+
+	Assert(bulk->flying == NULL);
+	sweep.sender = sender;
+	sweep.context = AllocSetContextCreate(CurrentMemoryContext, "userpilot sweep",
+										  ALLOCSET_DEFAULT_SIZES);
+	sweep.group_context = AllocSetContextCreate(sweep.context, "userpilot group",
+												ALLOCSET_DEFAULT_SIZES);
+	old = MemoryContextSwitchTo(sweep.context);
+	MemoryContextReset(bulk->job_context);
+	reload_batches(sender);
+	sweep.pending = palloc0(Max(bulk->batches.n, 1) * sizeof(int64));
+	job_writer_init(&sweep.job, sender, bulk->record_limit);
 
 	/* a dissolved job's rows may be anywhere */
 	if (bulk->solo != NULL)
 		forget_plan(bulk);
-	while (bulk->plan != NULL && (unit = plan_next(bulk->plan)) != NULL)
-		if (prepare(sender, unit))
-			return true;
-	forget_plan(bulk);
-	bulk_delete_done(sender);
-	return prepare(sender, NULL);
+	if (!sweep_next(&sweep))
+	{
+		forget_plan(bulk);
+		bulk_delete_done(sender);
+		pass(&sweep);
+		(void) sweep_next(&sweep);
+		passed = true;
+	}
+	if (bulk->flying != NULL)
+		job_writer_finish(&sweep.job);
+	if (plan_rows(bulk->plan) == 0)
+		forget_plan(bulk);
+	if (passed)
+		forget_dissolved(&sweep);
+	queue_batches_progress(&bulk->batches, sweep.pending, true);
+	bulk->dirty = sweep.left_out || (!passed && bulk->dirty);
+	bulk->after_solos = sweep.solo_waits || (!passed && bulk->after_solos);
+
+	MemoryContextSwitchTo(old);
+	MemoryContextDelete(sweep.context);
+	if (bulk->flying != NULL && bulk->job.records == 0)
+		bulk_discard(sender);
+	return bulk->flying != NULL;
 }

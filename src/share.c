@@ -1,0 +1,90 @@
+/*
+ * share.c
+ *	  What each of the two lanes takes of a backlog.
+ *
+ * The API lets 600 calls and 1,800 records of jobs pass a minute; a backlog is
+ * gone soonest if both are used to the end.
+ */
+#include "postgres.h"
+
+#include "share.h"
+
+/* With less to spare than that a job takes it along */
+#define HELP_MIN_ROWS 1000
+
+/* Of a real-time backlog the lane keeps its share of both lanes' capacity */
+static bool
+stays_in_realtime(uint32 hash)
+{
+	return hash % (USERPILOT_REQUESTS_PER_MINUTE + USERPILOT_RECORDS_PER_MINUTE) <
+		USERPILOT_REQUESTS_PER_MINUTE;
+}
+
+bool
+share_bulk_row(const Sender *sender, const QueueRow *row, uint32 hash)
+{
+	return row->bulk || (realtime_backlogged(sender) && !stays_in_realtime(hash));
+}
+
+/*
+ * While a job runs, the real-time lane sends as many of the records that are
+ * not in it as its limit allows, but for what it keeps for what is fresh.
+ * So both lanes finish together.
+ */
+static int
+help_per_minute(const Sender *sender)
+{
+	return realtime_help_limit(Min(sender->env->requests_per_minute,
+								   USERPILOT_REQUESTS_PER_MINUTE));
+}
+
+static int
+help_per_job(const Sender *sender)
+{
+	int			help = (int64) sender->bulk.record_limit * help_per_minute(sender) /
+		USERPILOT_RECORDS_PER_MINUTE;
+
+	return help >= HELP_MIN_ROWS ? help : 0;
+}
+
+int
+share_entities_per_unit(const Sender *sender)
+{
+	return sender->bulk.record_limit + help_per_job(sender);
+}
+
+static int
+room_for_help(const Sender *sender)
+{
+	const Realtime *rt = &sender->rt;
+	int			room = help_per_job(sender) - (int) rt->pending->members;
+
+	if (rt->overflow || rt->lane.outages > 0 || rt->lane.throttled > 0 || sender->paused)
+		return 0;
+	return room >= HELP_MIN_ROWS ? room : 0;
+}
+
+/*
+ * The last unit of a backlog is shared, so that both lanes end together; what
+ * is no more than a job from the start is never split.
+ */
+int
+share_unit(const Sender *sender, const PlanUnit *unit, int *help)
+{
+	const Bulk *bulk = &sender->bulk;
+	int			later = plan_rows(bulk->plan);
+	int			share = (int64) unit->entities * USERPILOT_RECORDS_PER_MINUTE /
+		(USERPILOT_RECORDS_PER_MINUTE + help_per_minute(sender));
+	bool		goes_on = bulk->done.job != 0;
+	int			limit = bulk->record_limit;
+
+	*help = 0;
+	if (!unit->bulk)
+		return limit;
+	if (later == 0 && goes_on && unit->entities - share >= HELP_MIN_ROWS &&
+		room_for_help(sender) >= unit->entities - share)
+		limit = Min(limit, share);
+	if (later + unit->entities - limit >= HELP_MIN_ROWS)
+		*help = room_for_help(sender);
+	return limit;
+}
