@@ -22,7 +22,7 @@ ROWS = {**enqueue.ROWS, **deliver.ROWS}
 
 # What is measured: the full size, and the one that only shows that it runs
 SIZES = {
-    "loop": (100000, 9000), "autocommit": (2, 1), "million": (1000000, 10000),
+    "loop": (100000, 9000), "autocommit": (1, 1), "million": (1000000, 10000),
     "trigger": (200000, 10000), "bulk": (1000000, 50000),
     "prepare": ((1000000, 200000), (30000, 15000)),
     "backlog": ((10000000, 1000000), (100000, 50000)),

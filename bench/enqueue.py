@@ -122,7 +122,7 @@ def autocommit(bench):
         for synchronous, reach in (("on", 0.97), ("off", 0.9)):
             for clients in (1, 2, 8):
                 found = alternate(
-                    bench.repetitions(5),
+                    bench.repetitions(15),
                     baseline=side("baseline", clients, synchronous),
                     ours=side("ours", clients, synchronous))
                 yield Result("one call a transaction, %d client%s, "

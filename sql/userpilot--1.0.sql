@@ -866,7 +866,7 @@ SELECT w.server,
 		-- what is in the job is in it alone, at the job's rate
 		make_interval(secs => round(60.0 * greatest((w.pending - w.completed_before - w.job_expected)
 			/ coalesce(nullif(w.records_per_minute, 0), CASE WHEN w.companies_bulk + w.users_bulk > 0 THEN 1800 ELSE 600 END),
-			(least(w.job_records, w.pending) - w.job_expected) / 1800.0, 0)))
+			CASE WHEN w.job IS NOT NULL THEN (least(w.job_records, w.pending) - w.job_expected) / 1800.0 END, 0)))
 	END AS eta,
 	coalesce(d.reason, userpilot_launch_problem(), w.advice) AS advice,
 	w.last_error, w.last_error_at,

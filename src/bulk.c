@@ -17,6 +17,7 @@
 #include "api.h"
 #include "clock.h"
 #include "bulk_job.h"
+#include "plan.h"
 #include "sender.h"
 
 #define SLOT_RETRY_MS 1000
@@ -147,6 +148,33 @@ move_flying(Bulk *bulk, entities_hash **to, MemoryContext context)
 	drop_flying(bulk);
 }
 
+/* ------------------------------------------------------------- the plan */
+
+/* What it had not come to is where the next pass begins */
+void
+bulk_forget_plan(Sender *sender)
+{
+	Bulk	   *bulk = &sender->bulk;
+
+	if (bulk->plan == NULL)
+		return;
+	if (plan_rows(bulk->plan) > 0)
+	{
+		bulk->dirty = true;
+		bulk->position = plan_first_block(bulk->plan);
+	}
+	plan_free(bulk->plan);
+	bulk->plan = NULL;
+}
+
+/* New rows are there for the bulk lane: they are to be counted and found */
+void
+bulk_changed(Sender *sender)
+{
+	bulk_forget_plan(sender);
+	sender->bulk.dirty = true;
+}
+
 /* -------------------------------------------------------- ends of a job */
 
 /* Its rows never left the queue: they will be bound anew */
@@ -198,7 +226,11 @@ bulk_completed(Sender *sender)
 	state_worker_progress();
 	bulk_set_done(sender);
 	drop_flying(bulk);
-	bulk->record_limit = Min(bulk->record_limit * 2, USERPILOT_MAX_RECORDS);
+	if (bulk->record_limit < USERPILOT_MAX_RECORDS)
+	{
+		bulk->record_limit = Min(bulk->record_limit * 2, USERPILOT_MAX_RECORDS);
+		bulk_forget_plan(sender);	/* its units are as small */
+	}
 	/* the slot has just become free: no need to ask, but let others have a turn */
 	if (quota_job_slot_wanted(bulk->slot_application, clock_now()))
 	{
@@ -394,6 +426,7 @@ bulk_step(Sender *sender, int64 now)
 		case BULK_IDLE:
 			if (!sweep_needed(sender))
 			{
+				bulk_forget_plan(sender);
 				bulk->dirty = bulk->after_solos = false;
 				return false;
 			}
@@ -413,7 +446,7 @@ bulk_step(Sender *sender, int64 now)
 				bulk_enter(bulk, BULK_SUBMIT, now);
 				return true;
 			}
-			if (bulk->plan != NULL)
+			if (bulk->plan != NULL && bulk->solo == NULL)
 				return false;
 			become_idle(sender);
 			bulk->next_at = now + LEFT_OUT_MS;

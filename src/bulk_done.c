@@ -15,6 +15,37 @@
 
 #define GROUP 1000
 
+/* One row has left the queue: less is pending than a pass has counted, of the
+ * kind (bulk rows first, as nearly all are) and of the bulk SELECT */
+void
+bulk_row_gone(Sender *sender, UserpilotKind kind, int64 batch)
+{
+	Bulk	   *bulk = &sender->bulk;
+	int64	   *counted = sender->counted[kind];
+	const MergeBatch *found = merge_batches_find(&bulk->batches, batch);
+
+	if (counted[true] > 0)
+		counted[true]--;
+	else if (counted[false] > 0)
+		counted[false]--;
+	if (found == NULL)
+		return;
+	bulk->gone[found - bulk->batches.batch]--;
+	bulk->any_gone = true;
+}
+
+void
+bulk_report_gone(Sender *sender)
+{
+	Bulk	   *bulk = &sender->bulk;
+
+	if (!bulk->any_gone)
+		return;
+	queue_batches_progress(&bulk->batches, bulk->gone, true);
+	memset(bulk->gone, 0, bulk->batches.n * sizeof(int64));
+	bulk->any_gone = false;
+}
+
 /* The job is over: its rows wait for bulk_delete_done() */
 void
 bulk_set_done(Sender *sender)
@@ -23,13 +54,19 @@ bulk_set_done(Sender *sender)
 	MemoryContext context = bulk->done_context;
 
 	bulk_delete_done(sender);
+	/* an earlier worker's: where its rows are nobody knows */
 	if (bulk->rows.job != bulk->job.id)
 	{
-		/* an earlier worker's: where its rows are nobody knows */
 		memset(&bulk->rows, 0, sizeof(bulk->rows));
 		bulk->rows.job = bulk->job.id;
 		bulk->rows.kind = bulk->job.kind;
 		bulk->rows.records = bulk->job.records;
+		bulk->rows.unsure = true;
+	}
+	if (bulk->rows.unsure)
+	{
+		bulk->rows.n = 0;
+		bulk_forget_plan(sender);
 		bulk->dirty = true;
 	}
 	bulk->done = bulk->rows;
@@ -38,13 +75,16 @@ bulk_set_done(Sender *sender)
 	memset(&bulk->rows, 0, sizeof(bulk->rows));
 }
 
-/* Not while a job is on its way out: that is waited for */
+/* Not while a job is on its way out, which is waited for; and if there are no
+ * rows, with the sweep that finds them */
 bool
-bulk_done_due(const Sender *sender)
+bulk_done_due(const Sender *sender, int64 now)
 {
 	const Bulk *bulk = &sender->bulk;
+	bool		on_its_way = (bulk->state == BULK_PREPARE || bulk->state == BULK_SUBMIT) &&
+		now >= bulk->lane.not_before && sender_may_send(sender);
 
-	return bulk->done.job != 0 && bulk->state != BULK_PREPARE && bulk->state != BULK_SUBMIT;
+	return bulk->done.job != 0 && !on_its_way && (bulk->done.n > 0 || !bulk->dirty);
 }
 
 static void
@@ -74,16 +114,13 @@ bulk_delete_done(Sender *sender)
 {
 	Bulk	   *bulk = &sender->bulk;
 	JobRows    *done = &bulk->done;
-	int64	   *pending;
 
 	if (done->job == 0)
 		return;
-	pending = palloc0(Max(bulk->batches.n, 1) * sizeof(int64));
 	delete_rows(done->rows, done->n);
 	for (int i = 0; i < done->n; i++)
-		sweep_count(sender, pending, done->rows[i].batch, -1);
-	queue_batches_progress(&bulk->batches, pending, true);
-	sender_rows_gone(sender, done->kind, done->n);
+		bulk_row_gone(sender, done->kind, done->rows[i].batch);
+	bulk_report_gone(sender);
 	sender_delivered(sender, done->records);
 	jobs_drop_chunks(done->job);
 	memset(done, 0, sizeof(*done));

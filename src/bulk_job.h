@@ -21,7 +21,9 @@ extern void bulk_failed(Sender *sender, int64 now);
 extern void bulk_never_arrived(Sender *sender);
 extern void bulk_unknown(Sender *sender, const char *error, int64 now);
 
-/* Adds to the count of a bulk SELECT's rows, in the order of bulk.batches */
-extern void sweep_count(const Sender *sender, int64 *pending, int64 batch, int rows);
+/* What has left the queue is told to userpilot_batches now and then */
+extern void bulk_report_gone(Sender *sender);
+
+extern void bulk_forget_plan(Sender *sender);
 
 #endif

@@ -16,6 +16,9 @@
 
 #define CHUNK_BYTES (1024 * 1024)
 
+/* Places kept for deletion; a sweep finds the others */
+#define MAX_ROWS 1000000
+
 void
 job_writer_init(JobWriter *writer, Sender *sender, int max_records)
 {
@@ -69,6 +72,11 @@ add_rows(Bulk *bulk, const JobRow *rows, int n, const char *entity_id)
 {
 	JobRows    *to = &bulk->rows;
 
+	if (to->n + n > MAX_ROWS)
+	{
+		to->unsure = true;
+		return;
+	}
 	if (to->n + n > to->max)
 	{
 		to->max = Max(to->n + n, Max(to->max * 2, 1024));

@@ -24,7 +24,7 @@ extern void pending_called(Realtime *rt, Pending *pending, int64 now);
 extern void pending_wait(Realtime *rt, Pending *pending, int64 not_before);
 
 /* realtime.c, for realtime_answers.c */
-extern void realtime_delete_sent(Realtime *rt, Pending **done, int n);
+extern void realtime_delete_sent(Sender *sender, Pending **done, int n);
 extern void realtime_write_profiles(Sender *sender, Pending **pending, int n,
 									ProfileStep step);
 extern void realtime_look_again(Sender *sender);

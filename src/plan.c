@@ -9,7 +9,8 @@
 #include "job_writer.h"
 #include "plan.h"
 
-/* Enough that a pass costs little a job; what is beyond waits for the next */
+/* Enough that a pass costs little a job; what is beyond waits for the next.
+ * Of an entity that is taken in every row is: it is judged by all of them. */
 #define MAX_UNITS 10
 #define MAX_ROWS 1000000
 
@@ -34,6 +35,7 @@ typedef struct OpenUnit
 struct Plan
 {
 	MemoryContext context;
+	QueueView	view;
 	MemoryContext pass_context; /* of table and places */
 	MemoryContext unit_context; /* of the unit taken last */
 	entities_hash *table;
@@ -58,7 +60,10 @@ plan_create(int entities_per_unit)
 	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "userpilot plan",
 												  ALLOCSET_DEFAULT_SIZES);
 	Plan	   *plan = MemoryContextAllocZero(context, sizeof(Plan));
+	MemoryContext old = MemoryContextSwitchTo(context);
 
+	plan->view = queue_view();
+	MemoryContextSwitchTo(old);
 	plan->context = context;
 	plan->pass_context = AllocSetContextCreate(context, "userpilot plan pass",
 											   ALLOCSET_DEFAULT_SIZES);
@@ -70,6 +75,12 @@ plan_create(int entities_per_unit)
 	return plan;
 }
 
+const QueueView *
+plan_view(const Plan *plan)
+{
+	return &plan->view;
+}
+
 static OpenUnit *
 unit_for(Plan *plan, UserpilotKind kind)
 {
@@ -78,7 +89,7 @@ unit_for(Plan *plan, UserpilotKind kind)
 	if (unit != NULL && unit->entities < plan->per_unit &&
 		unit->bytes <= JOB_WRITER_MAX_ROW_BYTES)
 		return unit;
-	if (plan->nunits == lengthof(plan->units))
+	if (plan->nunits == lengthof(plan->units) || plan->rows >= MAX_ROWS)
 		return NULL;
 	unit = plan->open[kind] = &plan->units[plan->nunits++];
 	unit->bulk = true;
@@ -114,7 +125,7 @@ static bool
 add(Plan *plan, EntityKey key, uint32 hash, const ItemPointerData *tid, bool bulk,
 	Size bytes, bool solo)
 {
-	Place	   *place = plan->rows < MAX_ROWS ? place_of(plan, key, hash, solo) : NULL;
+	Place	   *place = place_of(plan, key, hash, solo);
 	OpenUnit   *unit;
 
 	if (place == NULL)
@@ -124,7 +135,7 @@ add(Plan *plan, EntityKey key, uint32 hash, const ItemPointerData *tid, bool bul
 	{
 		unit->max = Max(1024, unit->max * 2);
 		unit->rows = unit->rows ?
-			repalloc(unit->rows, unit->max * sizeof(PlanRow)) :
+			repalloc_huge(unit->rows, unit->max * sizeof(PlanRow)) :
 			MemoryContextAlloc(plan->context, unit->max * sizeof(PlanRow));
 	}
 	unit->rows[unit->n].tid = *tid;
@@ -172,7 +183,7 @@ arrange(const OpenUnit *from)
 	unit->bulk = from->bulk;
 	unit->ngroups = (from->entities + PLAN_GROUP - 1) / PLAN_GROUP;
 	unit->ends = palloc0(unit->ngroups * sizeof(int));
-	unit->tids = palloc(from->n * sizeof(ItemPointerData));
+	unit->tids = MemoryContextAllocHuge(CurrentMemoryContext, from->n * sizeof(ItemPointerData));
 	for (int i = 0; i < from->n; i++)
 		unit->ends[from->rows[i].group]++;
 	/* first where each begins; filling it moves that to its end */
@@ -214,6 +225,15 @@ int
 plan_rows(const Plan *plan)
 {
 	return plan->rows;
+}
+
+BlockNumber
+plan_first_block(const Plan *plan)
+{
+	for (int i = plan->taken; i < plan->nunits; i++)
+		if (plan->units[i].n > 0)
+			return ItemPointerGetBlockNumber(&plan->units[i].rows[0].tid);
+	return 0;
 }
 
 void

@@ -15,6 +15,7 @@
 #include "storage/itemptr.h"
 
 #include "entities.h"
+#include "queue.h"
 
 /* A unit is read so many entities at a time */
 #define PLAN_GROUP 1000
@@ -30,10 +31,14 @@ typedef struct PlanUnit
 	int		   *ends;			/* of the groups, in tids */
 } PlanUnit;
 
-/* A new plan, in a context of its own below the current one */
+/* A new plan of the queue as it is now, in a context of its own below the
+ * current one */
 extern Plan *plan_create(int entities_per_unit);
 
-/* Takes a row in, of about so many bytes; false: there is no room */
+extern const QueueView *plan_view(const Plan *plan);
+
+/* Takes a row in, of about so many bytes; false: there is no room for it and
+ * its entity */
 extern bool plan_add(Plan *plan, EntityKey key, uint32 hash,
 					 const ItemPointerData *tid, bool bulk, Size bytes);
 
@@ -50,8 +55,9 @@ extern void plan_close(Plan *plan);
 /* The next unit, or NULL; it lives until the next one is taken */
 extern const PlanUnit *plan_next(Plan *plan, bool *solo);
 
-/* Rows of the units not yet taken */
+/* Rows of the units not yet taken, and where the first of them is */
 extern int	plan_rows(const Plan *plan);
+extern BlockNumber plan_first_block(const Plan *plan);
 
 extern void plan_free(Plan *plan);
 

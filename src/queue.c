@@ -145,6 +145,9 @@ open_for_insert(void)
 	ExecOpenIndices(opening.rri, false);
 	opening.only_look = opening.rri->ri_NumIndices == 1 &&
 		is_not_bulk(opening.rri->ri_IndexRelationInfo[0]->ii_Predicate);
+	/* we know which rows it is for: no need to prepare the predicate each time */
+	if (opening.only_look)
+		opening.rri->ri_IndexRelationInfo[0]->ii_Predicate = NIL;
 	opening.slot = MakeSingleTupleTableSlot(RelationGetDescr(opening.rel),
 											&TTSOpsHeapTuple);
 	MemoryContextSwitchTo(old);

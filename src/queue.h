@@ -96,8 +96,25 @@ extern int	queue_look(const char *server, Datum *snapshot, int limit,
 extern void queue_sweep(const char *server, BlockNumber start,
 						QueueRowHandler handler, void *arg);
 
-/* Those of the rows at these positions that are visible and the server's */
-extern void queue_visit(const char *server, const ItemPointerData *tids, int n,
+/* The queue as a pass over it sees it: what was committed, and its file */
+typedef struct QueueView
+{
+	Datum		snapshot;
+	Oid			file;
+} QueueView;
+
+/* Of now, in CurrentMemoryContext */
+extern QueueView queue_view(void);
+
+/* Whether positions taken then still mean something; until the transaction's end */
+extern bool queue_view_stands(const QueueView *view);
+
+/*
+ * Those of the rows at these positions that are visible, the server's, and
+ * could be seen in the view: a position may have been used again.
+ */
+extern void queue_visit(const char *server, const QueueView *view,
+						const ItemPointerData *tids, int n,
 						QueueRowHandler handler, void *arg);
 
 /* A copy in CurrentMemoryContext that outlives the handler's call */

@@ -207,8 +207,38 @@ queue_sweep(const char *server, BlockNumber start, QueueRowHandler handler, void
 	table_close(rel, NoLock);
 }
 
+QueueView
+queue_view(void)
+{
+	Relation	rel = table_open(sql_relid("userpilot_queue"), AccessShareLock);
+	QueueView	view;
+
+	view.snapshot = OidFunctionCall0(F_PG_CURRENT_SNAPSHOT);
+	view.file = rel->rd_rel->relfilenode;
+	table_close(rel, NoLock);
+	return view;
+}
+
+bool
+queue_view_stands(const QueueView *view)
+{
+	Relation	rel = table_open(sql_relid("userpilot_queue"), AccessShareLock);
+	bool		stands = rel->rd_rel->relfilenode == view->file;
+
+	table_close(rel, NoLock);
+	return stands;
+}
+
+static bool
+seen_in(const QueueView *view, TupleTableSlot *slot)
+{
+	slot_getallattrs(slot);
+	return DatumGetBool(OidFunctionCall2(F_PG_VISIBLE_IN_SNAPSHOT,
+										 slot->tts_values[QUEUE_XID], view->snapshot));
+}
+
 void
-queue_visit(const char *server, const ItemPointerData *tids, int n,
+queue_visit(const char *server, const QueueView *view, const ItemPointerData *tids, int n,
 			QueueRowHandler handler, void *arg)
 {
 	Relation	rel = table_open(sql_relid("userpilot_queue"), AccessShareLock);
@@ -227,7 +257,8 @@ queue_visit(const char *server, const ItemPointerData *tids, int n,
 			!table_tuple_fetch_row_version(rel, unconstify(ItemPointerData *, &tids[i]),
 										   GetActiveSnapshot(), slot))
 			continue;
-		handle_slot(slot, server, server_len, per_row, handler, arg);
+		if (seen_in(view, slot))
+			handle_slot(slot, server, server_len, per_row, handler, arg);
 		ExecClearTuple(slot);
 	}
 	ExecDropSingleTupleTableSlot(slot);

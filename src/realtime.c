@@ -275,8 +275,9 @@ merge_chosen(Sender *sender, Pending **chosen, int n, UserpilotKind kind)
 
 /* Deletes the sent rows of entities */
 void
-realtime_delete_sent(Realtime *rt, Pending **done, int n)
+realtime_delete_sent(Sender *sender, Pending **done, int n)
 {
+	Realtime   *rt = &sender->rt;
 	int			total = 0;
 	QueueRow   *rows;
 
@@ -285,8 +286,14 @@ realtime_delete_sent(Realtime *rt, Pending **done, int n)
 	rows = palloc(Max(total, 1) * sizeof(QueueRow));
 	total = 0;
 	for (int i = 0; i < n; i++)
+	{
 		for (int r = 0; r < done[i]->nsent; r++)
+		{
 			rows[total++] = *done[i]->rows[r];
+			if (done[i]->solo)
+				bulk_row_gone(sender, done[i]->key.kind, done[i]->rows[r]->batch);
+		}
+	}
 	if (queue_delete(rows, total) < (uint64) total)
 		rt->moved = true;
 }
@@ -326,6 +333,9 @@ make_ready(Sender *sender, Pending *pending)
 
 	pending->profile.attempts++;
 	pending->profile.job = 0;
+	/* sent beside the job: what is to become of its rows is decided after it */
+	if (pending->provisional)
+		sender->bulk.rows.unsure = true;
 	pending->application = sender->env->fingerprint;
 	pending->state = PENDING_READY;
 	dlist_delete(&pending->node);
@@ -432,7 +442,7 @@ realtime_wave(Sender *sender, int64 now)
 	realtime_write_profiles(sender, marked, nmarked, PROFILE_MARKED);
 	if (nmarked > 0)
 		ledger_calls(sender->env->server, nmarked);
-	realtime_delete_sent(rt, nothing, nnothing);
+	realtime_delete_sent(sender, nothing, nnothing);
 	for (int i = 0; i < nnothing; i++)
 		pending_drop_sent(rt, nothing[i]);
 	realtime_look_again(sender);

@@ -153,7 +153,7 @@ realtime_answered(Sender *sender, HttpResult **results, int n, int64 now)
 		answered(sender, pending, results[i], now, learned, &nlearned);
 	}
 	realtime_write_profiles(sender, learned, nlearned, PROFILE_LEARNED);
-	realtime_delete_sent(rt, learned, nlearned);
+	realtime_delete_sent(sender, learned, nlearned);
 	for (int i = 0; i < nlearned; i++)
 		pending_drop_sent(rt, learned[i]);
 	sender_delivered(sender, nlearned);

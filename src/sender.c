@@ -130,16 +130,6 @@ sender_delivered(Sender *sender, int64 records)
 		state_worker_progress();
 }
 
-/* From what a sweep has counted; bulk rows first, as nearly all are */
-void
-sender_rows_gone(Sender *sender, UserpilotKind kind, int64 n)
-{
-	int64		bulk = Min(n, sender->counted[kind][true]);
-
-	sender->counted[kind][true] -= bulk;
-	sender->counted[kind][false] = Max(sender->counted[kind][false] - (n - bulk), 0);
-}
-
 double
 sender_random(void)
 {
@@ -311,7 +301,8 @@ static double
 per_minute(const Sender *sender, int64 now)
 {
 	int64		ms = now - sender->delivering_since_ms;
-	int64		records = sender->delivered + Max(sender->bulk.last_completed, 0);
+	int64		records = sender->delivered + Max(sender->bulk.last_completed, 0) +
+		sender->bulk.done.records;
 
 	if (sender->delivering_since == 0 || ms < 1000 || records == 0)
 		return 0;

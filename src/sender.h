@@ -119,6 +119,8 @@ typedef struct JobRows
 	JobRow	   *rows;
 	int			n;
 	int			max;
+	bool		unsure;			/* not all of them, or not of them alone: what is
+								 * left is for a sweep to find out */
 } JobRows;
 
 typedef struct Bulk
@@ -154,6 +156,8 @@ typedef struct Bulk
 	MemoryContext solo_context;
 	MemoryContext batches_context;
 	MergeBatches batches;
+	int64	   *gone;			/* rows that have left, less what was reported */
+	bool		any_gone;
 	int64		call_started;
 	int			last_completed; /* records of the running job, as polled */
 } Bulk;
@@ -201,7 +205,6 @@ extern int64 sender_call_delay(const Sender *sender);
 extern void sender_paused(Sender *sender, const char *reason);
 extern void sender_error(Sender *sender, const char *error);
 extern void sender_delivered(Sender *sender, int64 records);
-extern void sender_rows_gone(Sender *sender, UserpilotKind kind, int64 n);
 extern bool sender_has_work(const Sender *sender);
 extern int64 sender_next_at(const Sender *sender, int64 now);
 extern void sender_report(Sender *sender, int64 now, bool force);
@@ -247,7 +250,8 @@ extern void bulk_start(Sender *sender, int64 now);
 extern void bulk_answered(Sender *sender, HttpResult *result, int64 now);
 extern bool bulk_prepare(Sender *sender);
 extern void bulk_changed(Sender *sender);
-extern bool bulk_done_due(const Sender *sender);
+extern bool bulk_done_due(const Sender *sender, int64 now);
+extern void bulk_row_gone(Sender *sender, UserpilotKind kind, int64 batch);
 extern void bulk_delete_done(Sender *sender);
 extern bool bulk_holds(const Sender *sender, EntityKey key);
 extern bool bulk_overdue(const Sender *sender, int64 now);

@@ -4,7 +4,9 @@
  *
  * A pass over the queue notes where the rows of the next jobs are (plan.c).
  * Then a unit of that plan is read again, a group of entities at a time, and
- * each entity is judged with its profile: it goes into the job, or record by
+ * each entity is judged with its profile and all its rows, of both lanes: a row
+ * of a bulk SELECT that is judged without the direct changes it saw could lose
+ * to them later.  It goes into the job, or record by
  * record through the real-time lane (what is left of a dissolved job, and what
  * this job has no room for), or nothing is left to send for it and its rows go.
  * So what is held in memory is a group's, however long the queue.
@@ -44,12 +46,21 @@ typedef struct Swept
 	bool		raised;			/* a version rose though nothing is sent */
 } Swept;
 
+/* Direct rows that were passed over: looked at again at the end, when it is
+ * known which entities are taken along */
+typedef struct PassedOver
+{
+	ItemPointerData *tids;
+	int			n;
+	int			max;
+} PassedOver;
+
 typedef struct Sweep
 {
 	Sender	   *sender;
 	MemoryContext context;
-	int64	   *pending;		/* rows of each bulk SELECT: counted by a pass, then
-								 * what has changed */
+	int64	   *counted;		/* a pass: rows of each bulk SELECT */
+	PassedOver	passed_over;
 	bool		left_out;		/* more is there for the bulk lane */
 	BlockNumber next_start;
 	bool		solo_seen;
@@ -73,23 +84,28 @@ typedef struct Sweep
 
 /* ------------------------------------------------------------- the pass */
 
-void
-sweep_count(const Sender *sender, int64 *pending, int64 batch, int rows)
+static void
+pass_over(PassedOver *list, const QueueRow *row)
 {
-	const MergeBatches *batches = &sender->bulk.batches;
-	const MergeBatch *found = batch ? merge_batches_find(batches, batch) : NULL;
-
-	if (found != NULL)
-		pending[found - batches->batch] += rows;
+	if (list->n == list->max)
+	{
+		list->max = Max(1024, list->max * 2);
+		list->tids = list->tids ?
+			repalloc_huge(list->tids, list->max * sizeof(ItemPointerData)) :
+			palloc(list->max * sizeof(ItemPointerData));
+	}
+	list->tids[list->n++] = row->tid;
 }
 
 static void
 count_row(Sweep *sweep, const QueueRow *row)
 {
 	Sender	   *sender = sweep->sender;
+	const MergeBatch *batch;
 
 	sender->counted[row->kind][row->bulk]++;
-	sweep_count(sender, sweep->pending, row->batch, 1);
+	if ((batch = merge_batches_find(&sender->bulk.batches, row->batch)) != NULL)
+		sweep->counted[batch - sender->bulk.batches.batch]++;
 	if (sender->oldest == 0 || row->enqueued_at < sender->oldest)
 		sender->oldest = row->enqueued_at;
 }
@@ -112,12 +128,29 @@ plan_row(const QueueRow *row, void *arg)
 		planned = plan_add(plan, key, hash, &row->tid, row->bulk,
 						   toast_raw_datum_size(PointerGetDatum(row->metadata)));
 	else
+	{
+		MemoryContext old = MemoryContextSwitchTo(sweep->context);
+
+		pass_over(&sweep->passed_over, row);
+		MemoryContextSwitchTo(old);
 		return;
+	}
 	if (planned)
 		return;
 	if (!sweep->left_out)
 		sweep->next_start = ItemPointerGetBlockNumber(&row->tid);
 	sweep->left_out = true;
+}
+
+static void
+plan_passed_over(const QueueRow *row, void *arg)
+{
+	Sweep	   *sweep = arg;
+	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
+	uint32		hash = entity_hash(key);
+
+	if (plan_knows(sweep->sender->bulk.plan, key, hash))
+		(void) plan_add(sweep->sender->bulk.plan, key, hash, &row->tid, row->bulk, 0);
 }
 
 /* The whole queue once, from where the last pass ran out of room */
@@ -132,11 +165,14 @@ pass(Sweep *sweep)
 	MemoryContextSwitchTo(old);
 	memset(sender->counted, 0, sizeof(sender->counted));
 	sender->oldest = 0;
+	sweep->counted = palloc0(Max(bulk->batches.n, 1) * sizeof(int64));
 	queue_sweep(sender->env->server, bulk->position, plan_row, sweep);
+	queue_visit(sender->env->server, plan_view(bulk->plan), sweep->passed_over.tids,
+				sweep->passed_over.n, plan_passed_over, sweep);
+	sweep->passed_over.n = 0;
 	plan_close(bulk->plan);
 	bulk->position = sweep->left_out ? sweep->next_start : 0;
-	queue_batches_progress(&bulk->batches, sweep->pending, false);
-	memset(sweep->pending, 0, Max(bulk->batches.n, 1) * sizeof(int64));
+	queue_batches_progress(&bulk->batches, sweep->counted, false);
 }
 
 /* ------------------------------------------------------ a group's entities */
@@ -235,11 +271,25 @@ sweep_row(const QueueRow *row, void *arg)
 	MemoryContext old = MemoryContextSwitchTo(sweep->group_context);
 	SweepSort	sort;
 
-	/* more than a group: the table was rewritten since the pass */
-	if (swept == NULL && sweep->nswept < PLAN_GROUP && sort_of(sweep, row, key, hash, &sort))
+	if (swept == NULL && sort_of(sweep, row, key, hash, &sort))
 		swept = admit(sweep, key, hash, sort);
 	if (swept != NULL)
 		add_row(sweep, swept, row);
+	else if (!row->bulk)
+		pass_over(&sweep->passed_over, row);
+	MemoryContextSwitchTo(old);
+}
+
+static void
+sweep_passed_over(const QueueRow *row, void *arg)
+{
+	Sweep	   *sweep = arg;
+	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
+	EntityEntry *entry = entities_lookup(sweep->table, key);
+	MemoryContext old = MemoryContextSwitchTo(sweep->group_context);
+
+	if (entry != NULL)
+		add_row(sweep, entry->data, row);
 	MemoryContextSwitchTo(old);
 }
 
@@ -312,8 +362,7 @@ finish_nothing(Sweep *sweep, Swept **nothing, int n)
 	for (int i = 0; i < n; i++)
 	{
 		for (int r = 0; r < nothing[i]->nrows; r++)
-			sweep_count(sweep->sender, sweep->pending, nothing[i]->rows[r].batch, -1);
-		sender_rows_gone(sweep->sender, nothing[i]->profile.key.kind, nothing[i]->nrows);
+			bulk_row_gone(sweep->sender, nothing[i]->profile.key.kind, nothing[i]->rows[r].batch);
 	}
 	rows = whole_rows(nothing, n, &total);
 	(void) queue_delete(rows, total);
@@ -428,6 +477,7 @@ static void
 sweep_unit(Sweep *sweep, const PlanUnit *unit, bool solo)
 {
 	Sender	   *sender = sweep->sender;
+	const QueueView *view = plan_view(sender->bulk.plan);
 	int			start = 0;
 
 	if (solo)
@@ -440,8 +490,11 @@ sweep_unit(Sweep *sweep, const PlanUnit *unit, bool solo)
 
 		sweep->table = entities_create(sweep->group_context, PLAN_GROUP, NULL);
 		sweep->nswept = sweep->njob = 0;
-		queue_visit(sender->env->server, unit->tids + start, unit->ends[g] - start,
+		memset(&sweep->passed_over, 0, sizeof(sweep->passed_over));
+		queue_visit(sender->env->server, view, unit->tids + start, unit->ends[g] - start,
 					sweep_row, sweep);
+		queue_visit(sender->env->server, view, sweep->passed_over.tids, sweep->passed_over.n,
+					sweep_passed_over, sweep);
 		decide(sweep);
 		start = unit->ends[g];
 		MemoryContextSwitchTo(old);
@@ -470,9 +523,11 @@ reload_batches(Sender *sender)
 	Bulk	   *bulk = &sender->bulk;
 	MemoryContext old;
 
+	bulk_report_gone(sender);
 	MemoryContextReset(bulk->batches_context);
 	old = MemoryContextSwitchTo(bulk->batches_context);
 	queue_batches(sender->env->server, &bulk->batches);
+	bulk->gone = palloc0(Max(bulk->batches.n, 1) * sizeof(int64));
 	MemoryContextSwitchTo(old);
 }
 
@@ -487,24 +542,6 @@ forget_dissolved(Sweep *sweep)
 	jobs_drop_done(sweep->sender->env->server, JOB_DISSOLVED);
 	MemoryContextReset(bulk->solo_context);
 	bulk->solo = NULL;
-}
-
-static void
-forget_plan(Bulk *bulk)
-{
-	if (bulk->plan == NULL)
-		return;
-	bulk->dirty |= plan_rows(bulk->plan) > 0;
-	plan_free(bulk->plan);
-	bulk->plan = NULL;
-}
-
-/* New rows are there for the bulk lane: they are to be counted and found */
-void
-bulk_changed(Sender *sender)
-{
-	forget_plan(&sender->bulk);
-	sender->bulk.dirty = true;
 }
 
 /*
@@ -529,15 +566,14 @@ bulk_prepare(Sender *sender)
 	old = MemoryContextSwitchTo(sweep.context);
 	MemoryContextReset(bulk->job_context);
 	reload_batches(sender);
-	sweep.pending = palloc0(Max(bulk->batches.n, 1) * sizeof(int64));
 	job_writer_init(&sweep.job, sender, bulk->record_limit);
 
 	/* a dissolved job's rows may be anywhere */
-	if (bulk->solo != NULL)
-		forget_plan(bulk);
+	if (bulk->solo != NULL || (bulk->plan != NULL && !queue_view_stands(plan_view(bulk->plan))))
+		bulk_forget_plan(sender);
 	if (!sweep_next(&sweep))
 	{
-		forget_plan(bulk);
+		bulk_forget_plan(sender);
 		bulk_delete_done(sender);
 		pass(&sweep);
 		(void) sweep_next(&sweep);
@@ -546,10 +582,10 @@ bulk_prepare(Sender *sender)
 	if (bulk->flying != NULL)
 		job_writer_finish(&sweep.job);
 	if (plan_rows(bulk->plan) == 0)
-		forget_plan(bulk);
+		bulk_forget_plan(sender);
 	if (passed)
 		forget_dissolved(&sweep);
-	queue_batches_progress(&bulk->batches, sweep.pending, true);
+	bulk_report_gone(sender);
 	bulk->dirty = sweep.left_out || (!passed && bulk->dirty);
 	bulk->after_solos = sweep.solo_waits || (!passed && bulk->after_solos);
 

@@ -319,11 +319,11 @@ step_sender(Sender *sender)
 			bulk_start(sender, clock_now());
 		did = true;
 	}
-	if (bulk_done_due(sender))
+	if (bulk_done_due(sender, now))
 	{
 		begin_step();
 		bulk_delete_done(sender);
-		sender_report(sender, now, false);
+		sender_report(sender, now, true);
 		step_end(false);
 		did = true;
 	}

@@ -1,0 +1,138 @@
+# One pass over the queue plans several jobs: what happens to rows between the
+# pass and their turn, and what is left when there is nothing to plan for.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib $FindBin::RealBin;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(time usleep);
+use Userpilot;
+
+my $api  = Userpilot::StandIn->new(scale => 100);
+my $node = new_node('plan', scale => 100);
+
+sub sql
+{
+	my ($sql, $database) = @_;
+
+	return $node->safe_psql($database // 'postgres', $sql);
+}
+
+sub value_of
+{
+	my ($id) = @_;
+
+	return $api->get("/_/state?kind=companies&id=$id")->{metadata}{a};
+}
+
+# The processor time of the worker, in ticks, or undef if there is none
+sub ticks
+{
+	my $pid = sql('SELECT max(worker) FROM userpilot_status');
+
+	return undef if $pid eq '' || !-r "/proc/$pid/stat";
+	return (split ' ', (slurp_file("/proc/$pid/stat") =~ s/^.*\) //sr))[11];
+}
+
+sub job_runs
+{
+	return sql(q{SELECT count(*) FROM userpilot_jobs WHERE finished_at IS NULL AND submitted_at IS NOT NULL}) > 0;
+}
+
+create_environment($node, 'postgres', $api);
+
+# --- a bulk row is judged with the direct changes it saw ---
+
+# x was called just now, so its second change waits
+$node->safe_psql('postgres', q{SELECT userpilot_identify_company('x', '{"a": 1}');
+	SELECT userpilot_identify_company('x', '{"a": 2}');
+	SELECT userpilot_bulk_identify_companies(i, '{"a": 3}'::jsonb) FROM (VALUES ('x')) v(i)});
+delivered($node, 'postgres');
+is(value_of('x'), 3, 'a bulk SELECT wins over the direct change it saw, which waited');
+
+sql(q{SELECT userpilot_bulk_identify_companies('c' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 3000) i});
+until_true('a job runs', \&job_runs);
+sql(q{SELECT userpilot_identify_company('c1', '{"a": 2}')});
+sql(q{SELECT userpilot_bulk_identify_companies(i, '{"a": 3}'::jsonb) FROM (VALUES ('c1')) v(i)});
+delivered($node, 'postgres');
+is(value_of('c1'), 3, '... which was held by a job');
+
+# --- units whose rows are gone, or elsewhere, when they have their turn ---
+
+sub in_units
+{
+	my ($a) = @_;
+
+	sql(qq{SELECT userpilot_bulk_identify_companies('u' || i, '{"a": $a}'::jsonb) FROM generate_series(1, 30000) i});
+	until_true('the first of several jobs runs', \&job_runs);
+}
+
+in_units(1);
+sql('VACUUM FULL userpilot_queue');
+delivered($node, 'postgres');
+is(sql(q{SELECT count(*) FROM userpilot_profiles WHERE metadata = '{"a": 1}' AND entity_id LIKE 'u%'}),
+	30000, 'a rewritten queue is delivered all the same');
+
+in_units(2);
+sql(q{SELECT userpilot_cancel((SELECT id FROM userpilot_batches ORDER BY started_at DESC LIMIT 1))});
+delivered($node, 'postgres');
+cmp_ok(sql(q{SELECT count(*) FROM userpilot_profiles WHERE metadata = '{"a": 2}'}),
+	'<', 20000, 'a cancelled bulk SELECT ends with its first job');
+
+in_units(3);
+sql('TRUNCATE userpilot_queue');
+until_true('the worker leaves an emptied queue',
+	sub { sql('SELECT count(worker) FROM userpilot_status') == 0 });
+
+# --- progress ---
+
+sql(q{SELECT userpilot_bulk_identify_companies('p' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 24000) i});
+my ($last, $seen, @fell) = (0, 0);
+until_true(
+	'several jobs are delivered',
+	sub {
+		my ($percent, $pending) = split /\|/, sql('SELECT coalesce(percent, 100), pending FROM userpilot_status');
+
+		push @fell, "$last to $percent" if $percent < $last;
+		($last, $seen) = ($percent, $seen + 1);
+		return $pending == 0;
+	});
+cmp_ok($seen, '>', 20, 'progress was looked at often');
+is("@fell", '', '... and never fell');
+
+# --- a plan that is left behind ---
+
+# The slot is wanted by another database when the companies' job ends, and the
+# planned users go through the real-time lane meanwhile
+$node->safe_psql('postgres', 'CREATE DATABASE second');
+create_environment($node, 'second', $api, server => 'other');
+$api->pause;
+sql(q{DO $$
+BEGIN
+	FOR i IN 1..300 LOOP
+		PERFORM userpilot_identify_company('k' || i, '{"a": 1}');
+		IF i % 50 = 0 THEN COMMIT; END IF;
+	END LOOP;
+	FOR i IN 1..300 LOOP
+		PERFORM userpilot_identify_user('u' || i, '{"a": 1}');
+		IF i % 50 = 0 THEN COMMIT; END IF;
+	END LOOP;
+END $$});
+sql(q{SET userpilot.server = 'other';
+	SELECT userpilot_bulk_identify_companies('o' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 50) i}, 'second');
+$api->go_on;
+delivered($node, 'postgres');
+delivered($node, 'second');
+
+my $since  = time;
+until_true('the worker leaves', sub { !defined ticks() || time - $since > 20 });
+is(ticks(), undef, '... instead of looking for work for ever');
+
+no_violations($api, 'plan');
+$node->stop;
+done_testing();
