@@ -20,6 +20,8 @@ void
 pending_init(Realtime *rt)
 {
 	rt->pending = entities_create(rt->context, 256, NULL);
+	for (int i = 0; i < WAITING_LISTS; i++)
+		dlist_init(&rt->waiting[i]);
 	for (int i = 0; i < 2; i++)
 	{
 		rt->called_context[i] = AllocSetContextCreate(rt->context, "userpilot calls",
@@ -79,6 +81,65 @@ pending_find(const Realtime *rt, EntityKey key)
 	return entry ? entry->data : NULL;
 }
 
+static void
+push_waiting(Realtime *rt, Pending *pending)
+{
+	PendingList list = pending->solo ? WAITING_SOLO : WAITING_FRESH;
+
+	if (pending->not_before > 0)
+	{
+		if (dlist_is_empty(&rt->waiting[WAITING_LATER]) || pending->not_before < rt->later_at)
+			rt->later_at = pending->not_before;
+		list = WAITING_LATER;
+	}
+	dlist_push_tail(&rt->waiting[list], &pending->node);
+}
+
+void
+pending_set_solo(Realtime *rt, Pending *pending, bool helped)
+{
+	if (!pending->solo)
+	{
+		pending->solo = true;
+		rt->solos++;
+		dlist_delete(&pending->node);
+		push_waiting(rt, pending);
+	}
+	pending->helped = helped;
+}
+
+bool
+pending_any_due(const Realtime *rt, int64 now)
+{
+	return !dlist_is_empty((dlist_head *) &rt->waiting[WAITING_FRESH]) ||
+		!dlist_is_empty((dlist_head *) &rt->waiting[WAITING_SOLO]) ||
+		(!dlist_is_empty((dlist_head *) &rt->waiting[WAITING_LATER]) && now >= rt->later_at);
+}
+
+void
+pending_recall(Realtime *rt, int64 now)
+{
+	dlist_mutable_iter iter;
+	int64		later_at = PG_INT64_MAX;
+
+	if (now < rt->later_at)
+		return;
+	dlist_foreach_modify(iter, &rt->waiting[WAITING_LATER])
+	{
+		Pending    *pending = dlist_container(Pending, node, iter.cur);
+
+		if (pending->not_before > now)
+		{
+			later_at = Min(later_at, pending->not_before);
+			continue;
+		}
+		pending->not_before = 0;
+		dlist_delete(&pending->node);
+		push_waiting(rt, pending);
+	}
+	rt->later_at = later_at;
+}
+
 static Pending *
 pending_create(Realtime *rt, EntityKey key)
 {
@@ -100,7 +161,7 @@ pending_create(Realtime *rt, EntityKey key)
 	entry = entities_insert(rt->pending, pending->key, &found);
 	Assert(!found);
 	entry->data = pending;
-	dlist_push_tail(&rt->waiting, &pending->node);
+	push_waiting(rt, pending);
 	return pending;
 }
 
@@ -161,7 +222,7 @@ pending_wait(Realtime *rt, Pending *pending, int64 not_before)
 	pending->nsent = 0;
 	pending->not_before = not_before;
 	dlist_delete(&pending->node);
-	dlist_push_tail(&rt->waiting, &pending->node);
+	push_waiting(rt, pending);
 }
 
 /* The first nsent rows are done with */

@@ -17,6 +17,13 @@ extern Pending *pending_find(const Realtime *rt, EntityKey key);
 extern Pending *pending_add(Realtime *rt, const QueueRow *row);
 extern void pending_free(Realtime *rt, Pending *pending);
 
+/* Handed over by the bulk lane, with every row it has */
+extern void pending_set_solo(Realtime *rt, Pending *pending, bool helped);
+
+/* Lets those go whose time has come; whether any may */
+extern bool pending_any_due(const Realtime *rt, int64 now);
+extern void pending_recall(Realtime *rt, int64 now);
+
 /* A call of it starts: the next one waits a while */
 extern void pending_called(Realtime *rt, Pending *pending, int64 now);
 

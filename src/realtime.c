@@ -33,7 +33,6 @@ realtime_init(Sender *sender)
 	rt->context = AllocSetContextCreate(sender->context, "userpilot real time",
 										ALLOCSET_DEFAULT_SIZES);
 	pending_init(rt);
-	dlist_init(&rt->waiting);
 	dlist_init(&rt->ready);
 	dlist_init(&rt->calling);
 }
@@ -62,13 +61,7 @@ realtime_add_solo(Sender *sender, QueueRow **rows, int n, bool helped)
 	Realtime   *rt = &sender->rt;
 
 	for (int i = 0; i < n; i++)
-	{
-		Pending    *pending = pending_add(rt, rows[i]);
-
-		rt->solos += !pending->solo;
-		pending->solo = true;
-		pending->helped = helped;
-	}
+		pending_set_solo(rt, pending_add(rt, rows[i]), helped);
 }
 
 /* ------------------------------------------------------------- the look */
@@ -80,18 +73,21 @@ realtime_reset_look(Sender *sender)
 	Realtime   *rt = &sender->rt;
 	dlist_mutable_iter iter;
 
-	dlist_foreach_modify(iter, &rt->waiting)
+	for (int i = 0; i < WAITING_LISTS; i++)
 	{
-		Pending    *pending = dlist_container(Pending, node, iter.cur);
+		dlist_foreach_modify(iter, &rt->waiting[i])
+		{
+			Pending    *pending = dlist_container(Pending, node, iter.cur);
 
-		if (!pending->solo || pending->helped)
-			pending_free(rt, pending);
+			if (!pending->solo || pending->helped)
+				pending_free(rt, pending);
+		}
 	}
 	if (rt->snapshot)
 		pfree(DatumGetPointer(rt->snapshot));
 	rt->snapshot = (Datum) 0;
 	rt->overflow = false;
-	rt->due_at = 0;
+	rt->denied_until = 0;
 }
 
 static void
@@ -103,7 +99,7 @@ look_row(const QueueRow *row, void *arg)
 		rt->overflow = true;
 	else
 		(void) pending_add(rt, row);
-	rt->due_at = 0;
+	rt->denied_until = 0;		/* what is fresh may go sooner */
 }
 
 /* Adds what became visible since the last look, or all there is */
@@ -162,8 +158,7 @@ realtime_wave_due(const Sender *sender, int64 now)
 {
 	const Realtime *rt = &sender->rt;
 
-	return wave_room(sender, now) > 0 && !dlist_is_empty((dlist_head *) &rt->waiting) &&
-		now >= rt->due_at;
+	return now >= rt->denied_until && pending_any_due(rt, now) && wave_room(sender, now) > 0;
 }
 
 /*
@@ -181,47 +176,35 @@ held(const Sender *sender, Pending *pending, int64 now)
 	return !bulk_overdue(sender, now) || pending->nprovisional == pending->nrows;
 }
 
+/* Takes up to max entities that may go, out of one list */
 static int
-choose_some(Sender *sender, Pending **chosen, int max, int64 now, bool solo, int64 *due_at)
+choose_from(Sender *sender, PendingList list, Pending **chosen, int max, int64 now)
 {
 	dlist_mutable_iter iter;
 	int			n = 0;
 
-	dlist_foreach_modify(iter, &sender->rt.waiting)
+	dlist_foreach_modify(iter, &sender->rt.waiting[list])
 	{
 		Pending    *pending = dlist_container(Pending, node, iter.cur);
 
-		if (pending->solo != solo)
-			continue;
 		if (n == max)
-		{
-			*due_at = now;
 			break;
-		}
-		if (pending->not_before <= now && held(sender, pending, now))
-			pending->not_before = now + HELD_MS;
-		if (pending->not_before > now)
-			*due_at = Min(*due_at, pending->not_before);
+		if (held(sender, pending, now))
+			pending_wait(&sender->rt, pending, now + HELD_MS);
 		else
 			chosen[n++] = pending;
 	}
 	return n;
 }
 
-/* Takes up to max entities that may go out of waiting, those sent record by
- * record after what is fresh */
 static int
 choose(Sender *sender, Pending **chosen, int max, int64 now)
 {
-	Realtime   *rt = &sender->rt;
-	int64		due_at = PG_INT64_MAX;
 	int			n;
 
-	n = choose_some(sender, chosen, max, now, false, &due_at);
-	if (rt->solos > 0)
-		n += choose_some(sender, chosen + n, max - n, now, true, &due_at);
-	rt->due_at = due_at == PG_INT64_MAX ? 0 : due_at;
-	return n;
+	pending_recall(&sender->rt, now);
+	n = choose_from(sender, WAITING_FRESH, chosen, max, now);
+	return n + choose_from(sender, WAITING_SOLO, chosen + n, max - n, now);
 }
 
 /* What the bulk lane handed over may have been cancelled meanwhile */
@@ -290,7 +273,7 @@ realtime_delete_sent(Sender *sender, Pending **done, int n)
 		for (int r = 0; r < done[i]->nsent; r++)
 		{
 			rows[total++] = *done[i]->rows[r];
-			if (done[i]->solo)
+			if (done[i]->solo || realtime_backlogged(sender))
 				bulk_row_gone(sender, done[i]->key.kind, done[i]->rows[r]->batch);
 		}
 	}
@@ -375,7 +358,7 @@ within_quota(Sender *sender, Pending **sending, int n, int64 now)
 	for (int i = granted; i < n; i++)
 		pending_wait(rt, sending[i], wait_until);
 	if (granted < n)
-		rt->due_at = wait_until;
+		rt->denied_until = wait_until;
 	return granted;
 }
 
@@ -492,11 +475,13 @@ int64
 realtime_next_at(const Sender *sender, int64 now)
 {
 	const Realtime *rt = &sender->rt;
+	int64		at;
 
 	if (rt->nready > 0 && rt->ncalling < sender->env->connections)
 		return rt->lane.not_before;
-	if (dlist_is_empty((dlist_head *) &rt->waiting) ||
+	if (!pending_any_due(rt, PG_INT64_MAX) ||
 		wave_room(sender, Max(now, rt->lane.not_before)) == 0)
 		return PG_INT64_MAX;
-	return Max(rt->lane.not_before, rt->due_at);
+	at = Max(rt->lane.not_before, rt->denied_until);
+	return pending_any_due(rt, at) ? at : rt->later_at;
 }

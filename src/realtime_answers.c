@@ -133,7 +133,6 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 			pending_wait(rt, pending, 0);
 			break;
 	}
-	rt->due_at = 0;
 }
 
 void

@@ -40,6 +40,16 @@ typedef enum PendingState
 	PENDING_CALLING
 } PendingState;
 
+/* Where it waits: what is fresh goes first */
+typedef enum PendingList
+{
+	WAITING_FRESH,
+	WAITING_SOLO,				/* handed over by the bulk lane */
+	WAITING_LATER				/* not before its time */
+} PendingList;
+
+#define WAITING_LISTS (WAITING_LATER + 1)
+
 typedef struct Pending
 {
 	EntityKey	key;
@@ -71,7 +81,8 @@ typedef struct Realtime
 	entities_hash *called[2];	/* entities called lately, and before that */
 	MemoryContext called_context[2];
 	int64		called_since;	/* when the first of them was begun */
-	dlist_head	waiting;
+	dlist_head	waiting[WAITING_LISTS];
+	int64		later_at;		/* earliest not_before in WAITING_LATER */
 	dlist_head	ready;
 	dlist_head	calling;
 	int			nready;
@@ -81,7 +92,7 @@ typedef struct Realtime
 	Datum		snapshot;		/* of the last look, 0: none yet */
 	bool		overflow;		/* more is queued than fits */
 	bool		moved;			/* rows were not where they had been read */
-	int64		due_at;			/* earliest not_before that was skipped */
+	int64		denied_until;	/* the limit on calls lets nothing go before */
 } Realtime;
 
 /* What a call is for; the owner of its result */

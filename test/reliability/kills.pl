@@ -29,6 +29,7 @@ my $TRIES = 4;
 # quiet: nobody writes; starting: a worker that has just been started)
 my $marked  = 'profiles_write if step == PROFILE_MARKED && n > 0';
 my $learned = 'profiles_write if step == PROFILE_LEARNED && n > 0';
+my $done    = 'bulk_delete_done if sender->bulk.done.job != 0';
 my %short   = (fault => { job => 'short', rows => 3 });
 my %refused = (fault => { status => 409 });
 my %lost    = (fault => { drop => 'after' }, format => 'ndjson');
@@ -50,7 +51,8 @@ my @points  = (
 	[ 'answer: learnt'                          => [ $learned, 'http_result_free' ] ],
 	[ 'job: before the slot is asked for'       => ['api_jobs'] ],
 	[ 'sweep: before it begins'                 => ['bulk_prepare'] ],
-	[ 'sweep: in its pass'                      => [ 'bulk_prepare', 'queue_fold', 'queue_fold' ] ],
+	[ 'sweep: in its pass'                      => [ 'bulk_prepare', 'plan_row', 'plan_row' ] ],
+	[ 'sweep: in a unit'                        => [ 'bulk_prepare', 'sweep_row', 'sweep_row' ] ],
 	[ 'sweep: before profiles are read'         => [ 'bulk_prepare', 'profiles_read' ] ],
 	[ 'sweep: before the job has a row'         => ['jobs_insert'] ],
 	[ 'sweep: before its records are written'   => ['jobs_add_chunk'] ],
@@ -68,8 +70,8 @@ my @points  = (
 	[ 'job: being learnt'                       => ['profiles_learn_job'] ],
 	[ 'job: before learning commits'            => [ 'profiles_learn_job', 'step_end' ] ],
 	[ 'job: learnt, its rows still queued'      => [ 'profiles_learn_job', 'bulk_prepare' ] ],
-	[ 'job: before its rows are deleted'        => [ 'profiles_learn_job', 'bulk_prepare', 'queue_delete' ] ],
-	[ 'job: forgotten, before that commits'     => [ 'jobs_drop_done', 'step_end' ] ],
+	[ 'job: before its rows are deleted'        => [ $done, 'queue_delete' ] ],
+	[ 'job: forgotten, before that commits'     => [ $done, 'jobs_drop_chunks', 'step_end' ] ],
 	[ 'short job: before it is dissolved'       => ['bulk_dissolved'], %short ],
 	[ 'short job: before its marks are released' => [ 'bulk_dissolved', 'profiles_release_job' ], %short ],
 	[ 'short job: before that commits'          => [ 'bulk_dissolved', 'step_end' ], %short ],
