@@ -27,7 +27,9 @@ SIZES = {
     "prepare": ((1000000, 200000), (30000, 15000)),
     "backlog": ((10000000, 1000000), (100000, 50000)),
     "latency": (1000, 100), "cold": (31, 5), "realtime": (20000, 2000),
-    "delivered": (((10000, 5), (100000, 3)), ((2000, 1),)),
+    # records, repetitions, how much faster time passes
+    "delivered": (((10000, 3, 100), (100000, 2, 100), (10000, 1, 10)),
+                  ((2000, 1, 100),)),
     "idle": (60, 3), "memory": (49, 10),
 }
 BUDGET = 1500                   # seconds after which no row starts

@@ -137,13 +137,16 @@ def latency(bench):
                          "it, %s" % name, percentile(base_outbox, p),
                          percentile(ours, p), "ms", note="for information")
 
-        held = sink.hold["slow"] = threading.Event()
-        commit_to_arrival(session, sink, "slow")
-        beside = [commit_to_arrival(session, sink, "b-%d" % i)
-                  for i in range(n // 4)]
-        held.set()
-        after = [commit_to_arrival(session, sink, "a-%d" % i)
-                 for i in range(n // 4)]
+        beside, after = [], []
+        for turn in range(10):
+            slow = "slow-%d" % turn
+            held = sink.hold[slow] = threading.Event()
+            commit_to_arrival(session, sink, slow)
+            beside += [commit_to_arrival(session, sink, "b-%d-%d" % (turn, i))
+                       for i in range(n // 40)]
+            held.set()
+            after += [commit_to_arrival(session, sink, "a-%d-%d" % (turn, i))
+                      for i in range(n // 40)]
         yield Result("... with one call that is not answered in flight, p50",
                      percentile(after, 0.5), percentile(beside, 0.5), "ms",
                      reach=1.25, note="baseline: without; longest beside it: "
@@ -268,24 +271,24 @@ def bound(n):
 
 
 def delivered(bench):
-    for n, repetitions in bench.size("delivered"):
+    for n, repetitions, scale in bench.size("delivered"):
         for lane in ("real-time", "bulk"):
-            took = [deliver_once(bench, n, lane)
+            took = [deliver_once(bench, n, lane, scale)
                     for _ in range(bench.repetitions(repetitions))]
             yield Result(
                 "%s changed records delivered, both lanes, × %d; queued %s" % (
-                    format(n, ","), SCALE,
+                    format(n, ","), scale,
                     "100 a transaction" if lane == "real-time" else
                     "by one bulk SELECT"),
-                bound(n) / SCALE, took, reach=1.05,
+                bound(n) / scale, took, reach=1.05,
                 note="baseline: the limits' own bound, calculated")
     yield Result("1,000,000 records: the bound", bound(1000000) / 3600,
                  unit="h", note="by calculation, at the API's own speed")
 
 
-def deliver_once(bench, n, lane):
-    with fresh(bench, "delivered", SCALE) as session, \
-            StandIn(bench.work, bench.tree, SCALE) as api:
+def deliver_once(bench, n, lane, scale):
+    with fresh(bench, "delivered", scale) as session, \
+            StandIn(bench.work, bench.tree, scale) as api:
         environment(session, api.url, 600)
         if lane == "real-time":
             session.query("CALL fill(1, %d, 100)" % n)
@@ -296,7 +299,7 @@ def deliver_once(bench, n, lane):
         start = time.perf_counter()
         enable(session)
         until("everything delivered", lambda: queue_empty(session),
-              60 + 3 * n / 40 / SCALE, 0.02 if n <= 10000 else 0.1)
+              60 + 3 * n / 40 / scale, 0.02 if n <= 10000 else 0.1)
         took = time.perf_counter() - start
         until("jobs end", lambda: no_job(session), 30)
         counters = api.get("/_/counters")
