@@ -14,6 +14,10 @@
 #define MAX_UNITS 10
 #define MAX_ROWS 1000000
 
+/* Most rows of a long queue are of entities that found no room: a bit for each
+ * hash says so without a look at the table, which no cache holds */
+#define FILTER_BITS (1 << 20)
+
 #define SOLO 0					/* the unit of those that are sent alone */
 
 typedef struct PlanRow
@@ -39,6 +43,7 @@ struct Plan
 	MemoryContext pass_context; /* of table and places */
 	MemoryContext unit_context; /* of the unit taken last */
 	entities_hash *table;
+	uint8	   *filter;
 	int			per_unit;
 	int			rows;
 	OpenUnit	units[1 + MAX_UNITS];
@@ -70,6 +75,7 @@ plan_create(int entities_per_unit)
 	plan->unit_context = AllocSetContextCreate(context, "userpilot plan unit",
 											   ALLOCSET_DEFAULT_SIZES);
 	plan->table = entities_create(plan->pass_context, 1024, NULL);
+	plan->filter = MemoryContextAllocZero(plan->pass_context, FILTER_BITS / 8);
 	plan->per_unit = entities_per_unit;
 	plan->nunits = 1;			/* that of SOLO */
 	return plan;
@@ -96,18 +102,30 @@ unit_for(Plan *plan, UserpilotKind kind)
 	return unit;
 }
 
+static Place *
+find(const Plan *plan, EntityKey key, uint32 hash)
+{
+	uint32		bit = hash % FILTER_BITS;
+	EntityEntry *entry;
+
+	if ((plan->filter[bit / 8] & (1 << bit % 8)) == 0)
+		return NULL;
+	entry = entities_lookup_hash(plan->table, key, hash);
+	return entry ? entry->data : NULL;
+}
+
 /* The entity's place; NULL if it has none and there is no unit for it */
 static Place *
 place_of(Plan *plan, EntityKey key, uint32 hash, bool solo)
 {
-	EntityEntry *entry = entities_lookup_hash(plan->table, key, hash);
+	uint32		bit = hash % FILTER_BITS;
 	OpenUnit   *unit;
-	Place	   *place;
+	Place	   *place = find(plan, key, hash);
 	char	   *id;
 	bool		found;
 
-	if (entry != NULL)
-		return entry->data;
+	if (place != NULL)
+		return place;
 	unit = solo ? &plan->units[SOLO] : unit_for(plan, key.kind);
 	if (unit == NULL || unit->entities / PLAN_GROUP > PG_UINT16_MAX)
 		return NULL;
@@ -118,6 +136,7 @@ place_of(Plan *plan, EntityKey key, uint32 hash, bool solo)
 	memcpy(id, key.id, key.len);
 	key.id = id;
 	entities_insert_hash(plan->table, key, hash, &found)->data = place;
+	plan->filter[bit / 8] |= 1 << bit % 8;
 	return place;
 }
 
@@ -156,7 +175,7 @@ plan_add(Plan *plan, EntityKey key, uint32 hash, const ItemPointerData *tid, boo
 bool
 plan_knows(const Plan *plan, EntityKey key, uint32 hash)
 {
-	return entities_lookup_hash(plan->table, key, hash) != NULL;
+	return find(plan, key, hash) != NULL;
 }
 
 bool
@@ -170,6 +189,7 @@ plan_close(Plan *plan)
 {
 	MemoryContextDelete(plan->pass_context);
 	plan->table = NULL;
+	plan->filter = NULL;
 }
 
 /* Its rows group by group, within a group in the order of the pass */
