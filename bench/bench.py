@@ -7,7 +7,6 @@ each row measures is said where it is measured, in enqueue.py and deliver.py.
 import argparse
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -98,12 +97,10 @@ def first_line(*command):
 
 def machine():
     """Processors and memory, in words."""
-    with open("/proc/cpuinfo") as file:
-        model = re.search(r"model name\s*: (.*)", file.read())
     with open("/proc/meminfo") as file:
         kilobytes = int(file.read().split()[1])
-    return "%d × %s, %d GB" % (os.cpu_count(), model[1] if model else
-                               platform.machine(), round(kilobytes / 2**20))
+    return "%d processors (%s), %d GB" % (
+        os.cpu_count(), platform.machine(), round(kilobytes / 2**20))
 
 
 def report(bench, arguments, results, seconds):
@@ -124,7 +121,7 @@ def report(bench, arguments, results, seconds):
             arguments.revision, seconds // 60, seconds % 60,
             "; QUICK: sizes too small to mean anything" if bench.quick
             else ""),
-        "- %s; Linux %s" % (machine(), platform.release()),
+        "- " + machine(),
         "- %s; %s; %s; Python %s" % (
             first_line(os.path.join(arguments.bin, "postgres"), "--version"),
             first_line("curl", "--version").split(" (")[0],

@@ -95,19 +95,6 @@ push_waiting(Realtime *rt, Pending *pending)
 	dlist_push_tail(&rt->waiting[list], &pending->node);
 }
 
-void
-pending_set_solo(Realtime *rt, Pending *pending, bool helped)
-{
-	if (!pending->solo)
-	{
-		pending->solo = true;
-		rt->solos++;
-		dlist_delete(&pending->node);
-		push_waiting(rt, pending);
-	}
-	pending->helped = helped;
-}
-
 bool
 pending_any_due(const Realtime *rt, int64 now)
 {
@@ -209,6 +196,25 @@ pending_add(Realtime *rt, const QueueRow *row)
 	MemoryContextSwitchTo(old);
 	rt->rows++;
 	return pending;
+}
+
+void
+pending_add_solo(Realtime *rt, const QueueRow *row, bool helped)
+{
+	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
+	Pending    *pending = pending_find(rt, key);
+
+	/* a direct row may wait here already */
+	if (pending == NULL || !pending_has(pending, row))
+		pending = pending_add(rt, row);
+	if (!pending->solo)
+	{
+		pending->solo = true;
+		rt->solos++;
+		dlist_delete(&pending->node);
+		push_waiting(rt, pending);
+	}
+	pending->helped = helped;
 }
 
 /* Its body is no longer under way: back to waiting, what was sent unknown */

@@ -17,8 +17,8 @@ extern Pending *pending_find(const Realtime *rt, EntityKey key);
 extern Pending *pending_add(Realtime *rt, const QueueRow *row);
 extern void pending_free(Realtime *rt, Pending *pending);
 
-/* Handed over by the bulk lane, with every row it has */
-extern void pending_set_solo(Realtime *rt, Pending *pending, bool helped);
+/* One of an entity's rows, which the bulk lane hands over with all it has */
+extern void pending_add_solo(Realtime *rt, const QueueRow *row, bool helped);
 
 /* Lets those go whose time has come; whether any may */
 extern bool pending_any_due(const Realtime *rt, int64 now);

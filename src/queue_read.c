@@ -165,11 +165,15 @@ handle_slot(TupleTableSlot *slot, const char *server, int server_len,
 	MemoryContextReset(per_row);
 }
 
-/* Rows of blocks [from, to) */
+/*
+ * Rows of blocks [from, to); nblocks is all of them, which are read as a
+ * sequential scan does, without taking the buffers of everybody else.
+ */
 static void
-sweep_range(Relation rel, BlockNumber from, BlockNumber to, const char *server,
-			QueueRowHandler handler, void *arg)
+sweep_range(Relation rel, BlockNumber from, BlockNumber to, BlockNumber nblocks,
+			const char *server, QueueRowHandler handler, void *arg)
 {
+	bool		whole = from == 0 && to == nblocks;
 	ItemPointerData first;
 	ItemPointerData last;
 	TableScanDesc scan;
@@ -181,8 +185,10 @@ sweep_range(Relation rel, BlockNumber from, BlockNumber to, const char *server,
 
 	ItemPointerSet(&first, from, 0);
 	ItemPointerSet(&last, to, 0);
-	scan = table_beginscan_tidrange(rel, GetActiveSnapshot(), &first, &last);
-	while (table_scan_getnextslot_tidrange(scan, ForwardScanDirection, slot))
+	scan = whole ? table_beginscan_strat(rel, GetActiveSnapshot(), 0, NULL, true, false) :
+		table_beginscan_tidrange(rel, GetActiveSnapshot(), &first, &last);
+	while (whole ? table_scan_getnextslot(scan, ForwardScanDirection, slot) :
+		   table_scan_getnextslot_tidrange(scan, ForwardScanDirection, slot))
 	{
 		CHECK_FOR_INTERRUPTS();
 		handle_slot(slot, server, server_len, per_row, handler, arg);
@@ -201,9 +207,9 @@ queue_sweep(const char *server, BlockNumber start, QueueRowHandler handler, void
 	queue_check_shape(rel);
 	if (start >= nblocks)
 		start = 0;
-	sweep_range(rel, start, nblocks, server, handler, arg);
+	sweep_range(rel, start, nblocks, nblocks, server, handler, arg);
 	if (start > 0)
-		sweep_range(rel, 0, start, server, handler, arg);
+		sweep_range(rel, 0, start, nblocks, server, handler, arg);
 	table_close(rel, NoLock);
 }
 

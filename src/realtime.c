@@ -61,7 +61,7 @@ realtime_add_solo(Sender *sender, QueueRow **rows, int n, bool helped)
 	Realtime   *rt = &sender->rt;
 
 	for (int i = 0; i < n; i++)
-		pending_set_solo(rt, pending_add(rt, rows[i]), helped);
+		pending_add_solo(rt, rows[i], helped);
 }
 
 /* ------------------------------------------------------------- the look */

@@ -6,10 +6,9 @@
  * Then a unit of that plan is read again, a group of entities at a time, and
  * each entity is judged with its profile and all its rows, of both lanes: a row
  * of a bulk SELECT that is judged without the direct changes it saw could lose
- * to them later.  It goes into the job, or record by
- * record through the real-time lane (what is left of a dissolved job, and what
- * this job has no room for), or nothing is left to send for it and its rows go.
- * So what is held in memory is a group's, however long the queue.
+ * to them later.  It goes into the job, or record by record through the
+ * real-time lane (what is left of a dissolved job, and what this job has no
+ * room for), or nothing is left to send for it and its rows go.  So what is held in memory is a group's, however long the queue.
  */
 #include "postgres.h"
 
@@ -271,7 +270,8 @@ sweep_row(const QueueRow *row, void *arg)
 	MemoryContext old = MemoryContextSwitchTo(sweep->group_context);
 	SweepSort	sort;
 
-	if (swept == NULL && sort_of(sweep, row, key, hash, &sort))
+	/* never more than was planned, whatever was done to the table by hand */
+	if (swept == NULL && sweep->nswept < PLAN_GROUP && sort_of(sweep, row, key, hash, &sort))
 		swept = admit(sweep, key, hash, sort);
 	if (swept != NULL)
 		add_row(sweep, swept, row);
