@@ -123,26 +123,26 @@ drop_flying(Bulk *bulk)
 	bulk->last_completed = 0;
 }
 
-/* Entities of the job go to another set, which outlives it */
+/* Entities of the job join those that travel alone */
 static void
-move_flying(Bulk *bulk, entities_hash **to, MemoryContext context)
+move_to_solo(Bulk *bulk)
 {
 	entities_iterator it;
 	EntityEntry *entry;
-	MemoryContext old = MemoryContextSwitchTo(context);
+	MemoryContext old = MemoryContextSwitchTo(bulk->solo_context);
 
-	if (*to == NULL)
-		*to = entities_create(context, bulk->flying->members, NULL);
+	if (bulk->solo == NULL)
+		bulk->solo = entities_create(bulk->solo_context, bulk->flying->members, NULL);
 	entities_start_iterate(bulk->flying, &it);
 	while ((entry = entities_iterate(bulk->flying, &it)) != NULL)
 	{
 		EntityKey	key = entry->key;
 		bool		found;
 
-		if (entities_lookup(*to, key))
+		if (entities_lookup(bulk->solo, key))
 			continue;
 		key.id = pnstrdup(entry->key.id, entry->key.len);
-		(void) entities_insert(*to, key, &found);
+		(void) entities_insert(bulk->solo, key, &found);
 	}
 	MemoryContextSwitchTo(old);
 	drop_flying(bulk);
@@ -206,7 +206,7 @@ bulk_dissolved(Sender *sender, const char *error)
 	news.finished = true;
 	jobs_update(bulk->job.id, &news);
 	profiles_release_job(sender->env->server, bulk->job.kind, bulk->job.id, false);
-	move_flying(bulk, &bulk->solo, bulk->solo_context);
+	move_to_solo(bulk);
 	bulk->dirty = true;
 	sender_error(sender, psprintf("job " INT64_FORMAT " is sent record by record: %s",
 								  bulk->job.id, error));

@@ -238,12 +238,12 @@ jobs_drop_chunks(int64 job)
 }
 
 void
-jobs_drop_done(const char *server, const char *status)
+jobs_drop_dissolved(const char *server)
 {
 	static SqlStatement statement = SQL_STATEMENT(
 		"DELETE FROM @.userpilot_job_chunks c USING @.userpilot_jobs j"
-		" WHERE c.job = j.id AND j.server = $1 AND j.status = $2", 2, {TEXTOID, TEXTOID});
-	Datum		args[2] = {CStringGetTextDatum(server), CStringGetTextDatum(status)};
+		" WHERE c.job = j.id AND j.server = $1 AND j.status = '" JOB_DISSOLVED "'", 1, {TEXTOID});
+	Datum		args[1] = {CStringGetTextDatum(server)};
 
 	(void) sql_execute(&statement, args, NULL, false);
 }

@@ -78,7 +78,7 @@ extern char **jobs_entity_ids(const Job *job, int *n);
 extern void jobs_drop_chunks(int64 job);
 
 /* ... those of all finished jobs of this status */
-extern void jobs_drop_done(const char *server, const char *status);
+extern void jobs_drop_dissolved(const char *server);
 
 /* Nothing was to be sent after all */
 extern void jobs_delete(int64 job);

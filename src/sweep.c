@@ -240,8 +240,11 @@ add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 	if (swept->sort != SWEEP_JOB)
 	{
 		swept->copies = lappend(swept->copies, queue_row_copy(row));
-		sweep->help_rows++;
-		sweep->help_bytes += VARSIZE_ANY(row->metadata);
+		if (swept->sort == SWEEP_HELP)
+		{
+			sweep->help_rows++;
+			sweep->help_bytes += VARSIZE_ANY(row->metadata);
+		}
 		return;
 	}
 	queue_fold(swept->profile.merge, &sweep->sender->bulk.batches,
@@ -539,7 +542,7 @@ forget_dissolved(Sweep *sweep)
 
 	if (bulk->solo == NULL || sweep->solo_seen || sweep->sender->rt.solos > 0)
 		return;
-	jobs_drop_done(sweep->sender->env->server, JOB_DISSOLVED);
+	jobs_drop_dissolved(sweep->sender->env->server);
 	MemoryContextReset(bulk->solo_context);
 	bulk->solo = NULL;
 }
