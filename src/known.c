@@ -46,9 +46,6 @@
 /* How long older snapshots are waited for (ms) */
 #define PATIENCE_MS 200
 
-/* Having waited in vain, does not wait again for so long (ms) */
-#define IMPATIENCE_MS 10000
-
 /* More entities under way than this are not remembered one by one */
 #define MAX_UNDER_WAY 500000
 
@@ -102,16 +99,32 @@ struct Known
 
 /* -------------------------------------------------------- may it be done */
 
+/*
+ * Whether all these transactions have ended, or do so soon.  One that was
+ * waited for in vain is not waited for again, or each statement of a loop would
+ * take that long.
+ */
 static bool
-wait_for(const VirtualTransactionId *vxids, int n, TimestampTz deadline)
+wait_for(const VirtualTransactionId *vxids, int n)
 {
+	static VirtualTransactionId stays = {0};
+	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), PATIENCE_MS);
+
+	for (int i = 0; i < n; i++)
+	{
+		if (VirtualTransactionIdEquals(vxids[i], stays))
+			return false;
+	}
 	for (int i = 0; i < n; i++)
 	{
 		while (!VirtualXactLock(vxids[i], false))
 		{
 			CHECK_FOR_INTERRUPTS();
 			if (GetCurrentTimestamp() >= deadline)
+			{
+				stays = vxids[i];
 				return false;
+			}
 			pg_usleep(1000);
 		}
 	}
@@ -121,8 +134,6 @@ wait_for(const VirtualTransactionId *vxids, int n, TimestampTz deadline)
 bool
 known_may_leave_out(const EnvironmentRef *server, UserpilotKind kind)
 {
-	static TimestampTz impatient_until = 0;
-	TimestampTz now = GetCurrentTimestamp();
 	VirtualTransactionId *vxids;
 	LOCKTAG		tag;
 	int			n;
@@ -134,12 +145,8 @@ known_may_leave_out(const EnvironmentRef *server, UserpilotKind kind)
 
 	vxids = GetCurrentVirtualXIDs(GetActiveSnapshot()->xmin, true, false,
 								  PROC_IS_AUTOVACUUM | PROC_IN_VACUUM, &n);
-	if (!wait_for(vxids, n, now < impatient_until ? now :
-				  TimestampTzPlusMilliseconds(now, PATIENCE_MS)))
-	{
-		impatient_until = TimestampTzPlusMilliseconds(now, IMPATIENCE_MS);
+	if (!wait_for(vxids, n))
 		return false;
-	}
 	(void) GetLockConflicts(&tag, ShareLock, &n);
 	return n == 0;
 }

@@ -173,6 +173,32 @@ like(synced(), qr/^21621\|\d+\|/, 'the mended table');
 delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, 'mended', %all);
 
+# --- beside others' transactions ---
+
+# One that stays open is waited for in vain, which says nothing of short ones
+my $stays = $node->background_psql('postgres');
+my $again = $node->background_psql('postgres');
+$stays->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1');
+like($again->query_safe(q{SELECT queued FROM userpilot_sync_table('accounts')}), qr/^21621$/m,
+	'beside an older snapshot that stays open nothing is left out');
+$stays->quit;
+delivered($node, 'postgres');
+my @short = map { $node->background_psql('postgres') } 1 .. 2;
+$_->query_until(qr/start/, q{\echo start
+	DO $$BEGIN LOOP PERFORM pg_sleep(0.02); COMMIT; END LOOP; END$$;
+}) for @short;
+until_true('short ones run',
+	sub { return sql(q{SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'DO%' AND backend_xmin IS NOT NULL}) > 0; });
+my $left_out = 0;
+for (1 .. 20)
+{
+	last if $left_out = $again->query_safe(q{SELECT queued FROM userpilot_sync_table('accounts')}) =~ /^0$/m;
+	delivered($node, 'postgres');
+}
+ok($left_out, 'beside short ones it is');
+sql(q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'DO%'});
+$again->quit;
+
 # --- what is excluded only when it is queued already ---
 
 sql(q{SELECT userpilot_disable('userpilot');
