@@ -836,15 +836,16 @@ WITH counted AS MATERIALIZED (
 	FROM backlog b
 	LEFT JOIN userpilot_progress p ON p.server = b.server
 	LEFT JOIN LATERAL (
-		-- the newest, and the one before until its rows are gone from the queue
-		SELECT j.id, j.records, j.completed_rows, j.polled_at,
-			coalesce(lead(j.completed_rows) OVER (ORDER BY j.id DESC), 0) AS completed_before
+		-- the one under way, or the next; one before it until its rows are gone
+		-- from the queue
+		SELECT j.id, j.records, j.completed_rows, j.polled_at, coalesce(sum(j.completed_rows)
+			OVER (ORDER BY j.id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS completed_before
 		FROM (
-			SELECT * FROM userpilot_jobs n WHERE n.server = b.server ORDER BY n.id DESC LIMIT 2
+			SELECT * FROM userpilot_jobs n WHERE n.server = b.server ORDER BY n.id DESC LIMIT 3
 		) j
 		WHERE j.finished_at IS NULL
 			OR (j.status = 'completed' AND EXISTS (SELECT FROM userpilot_job_chunks c WHERE c.job = j.id))
-		ORDER BY j.id DESC LIMIT 1
+		ORDER BY j.finished_at IS NOT NULL, j.submitted_at IS NULL, j.id LIMIT 1
 	) j ON true
 )
 SELECT w.server,

@@ -28,6 +28,9 @@
 /* What a job takes besides its records: queueing, validation, refresh */
 #define JOB_FIXED_MS (10 * 1000)
 
+/* So long before a job's end the next one is prepared (real ms) */
+#define AHEAD_MS 1000
+
 #define MAX_SUBMISSIONS 2
 #define MAX_LOST 3
 
@@ -38,40 +41,47 @@ bulk_init(Sender *sender)
 
 	bulk->context = AllocSetContextCreate(sender->context, "userpilot bulk",
 										  ALLOCSET_DEFAULT_SIZES);
-	bulk->job_context = AllocSetContextCreate(bulk->context, "userpilot job",
-											  ALLOCSET_DEFAULT_SIZES);
 	bulk->body_context = AllocSetContextCreate(bulk->context, "userpilot body",
-											   ALLOCSET_DEFAULT_SIZES);
-	bulk->done_context = AllocSetContextCreate(bulk->context, "userpilot done",
 											   ALLOCSET_DEFAULT_SIZES);
 	bulk->solo_context = AllocSetContextCreate(bulk->context, "userpilot solo",
 											   ALLOCSET_DEFAULT_SIZES);
 	bulk->batches_context = AllocSetContextCreate(bulk->context, "userpilot batches",
 												  ALLOCSET_DEFAULT_SIZES);
+	bulk->next = held_job_create(bulk->context);
+	bulk->current = held_job_create(bulk->context);
+	bulk->done = held_job_create(bulk->context);
 	bulk->record_limit = USERPILOT_MAX_RECORDS;
 	bulk->dirty = true;
 }
 
 bool
-bulk_holds(const Sender *sender, EntityKey key)
+bulk_holds(const Sender *sender, EntityKey key, uint32 hash)
 {
-	return sender->bulk.flying != NULL && entities_lookup(sender->bulk.flying, key) != NULL;
+	const Bulk *bulk = &sender->bulk;
+
+	return held_job_has(bulk->current, key, hash) || held_job_has(bulk->next, key, hash) ||
+		held_job_has(bulk->done, key, hash);
 }
 
 int64
 bulk_expected_ms(const Bulk *bulk)
 {
-	return (int64) bulk->job.records * 60000 / USERPILOT_RECORDS_PER_MINUTE + JOB_FIXED_MS;
+	return (int64) bulk->current->job.records * 60000 / USERPILOT_RECORDS_PER_MINUTE + JOB_FIXED_MS;
 }
 
-/* It takes so long that newer changes of its entities go out beside it */
+static bool
+overdue(const Bulk *bulk, int64 now)
+{
+	return (bulk->state == BULK_RUNNING || bulk->state == BULK_UNKNOWN) &&
+		now - bulk->since >= delivery_job_overdue(bulk_expected_ms(bulk));
+}
+
 bool
-bulk_overdue(const Sender *sender, int64 now)
+bulk_holds_overdue(const Sender *sender, EntityKey key, int64 now)
 {
 	const Bulk *bulk = &sender->bulk;
 
-	return (bulk->state == BULK_RUNNING || bulk->state == BULK_UNKNOWN) &&
-		now - bulk->since >= delivery_job_overdue(bulk_expected_ms(bulk));
+	return overdue(bulk, now) && held_job_has(bulk->current, key, entity_hash(key));
 }
 
 void
@@ -108,18 +118,18 @@ become_idle(Sender *sender)
 {
 	Bulk	   *bulk = &sender->bulk;
 
-	Assert(bulk->flying == NULL);
+	Assert(bulk->current->entities == NULL);
 	bulk->waiting_for_slot = false;
 	bulk->last_completed = 0;
 	bulk_release_slot(sender);
 	bulk_enter(bulk, BULK_IDLE, 0);
 }
 
-/* The job's memory goes with the next one */
+/* It holds nothing any more; its memory goes with the next one */
 static void
-drop_flying(Bulk *bulk)
+drop_current(Bulk *bulk)
 {
-	bulk->flying = NULL;
+	bulk->current->entities = NULL;
 	bulk->last_completed = 0;
 }
 
@@ -132,9 +142,9 @@ move_to_solo(Bulk *bulk)
 	MemoryContext old = MemoryContextSwitchTo(bulk->solo_context);
 
 	if (bulk->solo == NULL)
-		bulk->solo = entities_create(bulk->solo_context, bulk->flying->members, NULL);
-	entities_start_iterate(bulk->flying, &it);
-	while ((entry = entities_iterate(bulk->flying, &it)) != NULL)
+		bulk->solo = entities_create(bulk->solo_context, bulk->current->entities->members, NULL);
+	entities_start_iterate(bulk->current->entities, &it);
+	while ((entry = entities_iterate(bulk->current->entities, &it)) != NULL)
 	{
 		EntityKey	key = entry->key;
 		bool		found;
@@ -145,7 +155,7 @@ move_to_solo(Bulk *bulk)
 		(void) entities_insert(bulk->solo, key, &found);
 	}
 	MemoryContextSwitchTo(old);
-	drop_flying(bulk);
+	drop_current(bulk);
 }
 
 /* ------------------------------------------------------------- the plan */
@@ -177,6 +187,27 @@ bulk_changed(Sender *sender)
 
 /* -------------------------------------------------------- ends of a job */
 
+/* A job that never left is no more: what it holds is free */
+static void
+put_back(Sender *sender, const Job *job)
+{
+	profiles_release_job(sender->env->server, job->kind, job->id, true);
+	jobs_drop_chunks(job->id);
+	jobs_delete(job->id);
+	sender->bulk.dirty = true;
+}
+
+static void
+put_back_next(Sender *sender)
+{
+	HeldJob    *next = sender->bulk.next;
+
+	if (next->entities == NULL)
+		return;
+	put_back(sender, &next->job);
+	held_job_clear(next);
+}
+
 /* Its rows never left the queue: they will be bound anew */
 void
 bulk_refused(Sender *sender, const char *error, bool give_back)
@@ -187,10 +218,10 @@ bulk_refused(Sender *sender, const char *error, bool give_back)
 	news.status = JOB_REFUSED;
 	news.error = error;
 	news.finished = true;
-	jobs_update(bulk->job.id, &news);
-	profiles_release_job(sender->env->server, bulk->job.kind, bulk->job.id, give_back);
-	jobs_drop_chunks(bulk->job.id);
-	drop_flying(bulk);
+	jobs_update(bulk->current->job.id, &news);
+	profiles_release_job(sender->env->server, bulk->current->job.kind, bulk->current->job.id, give_back);
+	jobs_drop_chunks(bulk->current->job.id);
+	drop_current(bulk);
 	bulk->dirty = true;
 }
 
@@ -204,12 +235,13 @@ bulk_dissolved(Sender *sender, const char *error)
 	news.status = JOB_DISSOLVED;
 	news.error = error;
 	news.finished = true;
-	jobs_update(bulk->job.id, &news);
-	profiles_release_job(sender->env->server, bulk->job.kind, bulk->job.id, false);
+	jobs_update(bulk->current->job.id, &news);
+	profiles_release_job(sender->env->server, bulk->current->job.kind, bulk->current->job.id, false);
 	move_to_solo(bulk);
+	put_back_next(sender);		/* those that travel alone need not wait for it */
 	bulk->dirty = true;
 	sender_error(sender, psprintf("job " INT64_FORMAT " is sent record by record: %s",
-								  bulk->job.id, error));
+								  bulk->current->job.id, error));
 	become_idle(sender);
 }
 
@@ -221,11 +253,10 @@ bulk_completed(Sender *sender)
 
 	news.status = JOB_COMPLETED;
 	news.finished = true;
-	jobs_update(bulk->job.id, &news);
-	profiles_learn_job(sender->env->server, bulk->job.kind, bulk->job.id);
+	jobs_update(bulk->current->job.id, &news);
 	state_worker_progress();
 	bulk_set_done(sender);
-	drop_flying(bulk);
+	bulk->last_completed = 0;
 	if (bulk->record_limit < USERPILOT_MAX_RECORDS)
 	{
 		bulk->record_limit = Min(bulk->record_limit * 2, USERPILOT_MAX_RECORDS);
@@ -248,15 +279,15 @@ bulk_failed(Sender *sender, int64 now)
 	Bulk	   *bulk = &sender->bulk;
 	JobNews		news = JOB_NO_NEWS;
 
-	if (bulk->job.attempts >= MAX_SUBMISSIONS)
+	if (bulk->current->job.attempts >= MAX_SUBMISSIONS)
 	{
 		bulk_dissolved(sender, "the job failed twice");
 		return;
 	}
 	news.status = JOB_PREPARED;
 	news.error = "the job failed and is submitted again";
-	jobs_update(bulk->job.id, &news);
-	sender_error(sender, psprintf("job " INT64_FORMAT " failed and is submitted again", bulk->job.id));
+	jobs_update(bulk->current->job.id, &news);
+	sender_error(sender, psprintf("job " INT64_FORMAT " failed and is submitted again", bulk->current->job.id));
 	bulk_enter(bulk, BULK_SUBMIT, now + delivery_entity_backoff(1, 1.0));
 }
 
@@ -270,7 +301,7 @@ bulk_unknown(Sender *sender, const char *error, int64 now)
 		bulk->lost_since = bulk->call_started;
 	news.status = JOB_UNKNOWN;
 	news.error = error;
-	jobs_update(bulk->job.id, &news);
+	jobs_update(bulk->current->job.id, &news);
 	bulk->since = now;
 	bulk->unknown_looks = 0;
 	bulk_enter(bulk, BULK_UNKNOWN, now + delivery_poll_interval(0, 0, PG_INT64_MAX));
@@ -298,14 +329,6 @@ bulk_never_arrived(Sender *sender)
 	bulk_enter(bulk, BULK_ASK, 0);
 }
 
-/* A prepared job that turned out to be empty */
-void
-bulk_discard(Sender *sender)
-{
-	jobs_delete(sender->bulk.job.id);
-	drop_flying(&sender->bulk);
-}
-
 /* -------------------------------------------------------------- recovery */
 
 static void
@@ -327,34 +350,50 @@ recover_ids(const Job *job, entities_hash **to, MemoryContext context)
 	MemoryContextSwitchTo(old);
 }
 
-/* What an earlier worker left: a job under way, or dissolved */
+/* It goes on where it was; where its rows are nobody knows any more */
+static void
+recover_job(Sender *sender, const Job *job)
+{
+	Bulk	   *bulk = &sender->bulk;
+	HeldJob    *held = bulk->current;
+	MemoryContext old = MemoryContextSwitchTo(held->context);
+
+	held->job = *job;
+	held->job.filename = job->filename ? pstrdup(job->filename) : NULL;
+	held->job.job_id = job->job_id ? pstrdup(job->job_id) : NULL;
+	held->unsure = true;
+	MemoryContextSwitchTo(old);
+	recover_ids(job, &held->entities, held->context);
+	bulk->since = bulk->ends_at = clock_now();
+	if (strcmp(job->status, JOB_PREPARED) == 0 || strcmp(job->status, JOB_UNKNOWN) == 0 ||
+		job->job_id == NULL)
+		bulk_enter(bulk, BULK_UNKNOWN, 0);
+	else
+		bulk_enter(bulk, BULK_RUNNING, 0);
+}
+
+/* What an earlier worker left: jobs that had not left, are under way,
+ * acknowledged, or dissolved */
 void
 bulk_recover(Sender *sender)
 {
 	Bulk	   *bulk = &sender->bulk;
-	MemoryContext old = MemoryContextSwitchTo(bulk->job_context);
 	Job		   *jobs;
 	int			n = jobs_unfinished(sender->env->server, &jobs);
 
-	MemoryContextSwitchTo(old);
 	for (int i = 0; i < n; i++)
 	{
-		if (strcmp(jobs[i].status, JOB_DISSOLVED) == 0)
+		if (strcmp(jobs[i].status, JOB_PREPARED) == 0 && jobs[i].attempts == 0)
+			put_back(sender, &jobs[i]);
+		else if (!jobs[i].finished)
+			recover_job(sender, &jobs[i]);
+		else if (strcmp(jobs[i].status, JOB_DISSOLVED) == 0)
 			recover_ids(&jobs[i], &bulk->solo, bulk->solo_context);
-		else if (jobs[i].finished)
-			jobs_drop_chunks(jobs[i].id);
 		else
 		{
-			bulk->job = jobs[i];
-			recover_ids(&jobs[i], &bulk->flying, bulk->job_context);
-			bulk->since = clock_now();
-			if (strcmp(jobs[i].status, JOB_PREPARED) == 0 && jobs[i].attempts == 0)
-				bulk_enter(bulk, BULK_SUBMIT, 0);
-			else if (strcmp(jobs[i].status, JOB_PREPARED) == 0 ||
-					 strcmp(jobs[i].status, JOB_UNKNOWN) == 0 || jobs[i].job_id == NULL)
-				bulk_enter(bulk, BULK_UNKNOWN, 0);
-			else
-				bulk_enter(bulk, BULK_RUNNING, 0);
+			if (strcmp(jobs[i].status, JOB_COMPLETED) == 0)
+				profiles_learn_job(sender->env->server, jobs[i].kind, jobs[i].id);
+			jobs_drop_chunks(jobs[i].id);
 		}
 	}
 }
@@ -367,7 +406,7 @@ sweep_wanted(const Sender *sender)
 {
 	const Bulk *bulk = &sender->bulk;
 
-	return bulk->dirty || bulk->plan != NULL ||
+	return bulk->next->entities != NULL || bulk->dirty || bulk->plan != NULL ||
 		((bulk->solo != NULL || bulk->after_solos) && sender->rt.solos == 0);
 }
 
@@ -377,7 +416,7 @@ sweep_needed(const Sender *sender)
 {
 	const Bulk *bulk = &sender->bulk;
 
-	return bulk->solo != NULL || realtime_backlogged(sender) ||
+	return bulk->next->entities != NULL || bulk->solo != NULL || realtime_backlogged(sender) ||
 		queue_has_rows(sender->env->server, true);
 }
 
@@ -385,7 +424,7 @@ bool
 bulk_busy(const Sender *sender)
 {
 	return sender->bulk.state != BULK_IDLE || sweep_wanted(sender) ||
-		sender->bulk.solo != NULL || sender->bulk.done.job != 0;
+		sender->bulk.solo != NULL || sender->bulk.done->job.id != 0;
 }
 
 bool
@@ -399,14 +438,49 @@ bulk_due(const Sender *sender, int64 now)
 	return bulk->state != BULK_IDLE || sweep_wanted(sender);
 }
 
+/*
+ * When to prepare the next job though one runs: shortly before its end, so that
+ * the API's slot is not idle meanwhile, and of what is planned already, which
+ * has no entity in common with it.  INT64_MAX: not at all.
+ */
+static int64
+ahead_at(const Sender *sender, int64 now)
+{
+	const Bulk *bulk = &sender->bulk;
+
+	if (bulk->state != BULK_RUNNING || bulk->next->entities != NULL || bulk->done->job.id != 0 ||
+		bulk->plan == NULL || bulk->solo != NULL || !sender_may_send(sender) ||
+		overdue(bulk, now) || quota_job_slot_wanted(bulk->slot_application, now))
+		return PG_INT64_MAX;
+	return Max(bulk->ends_at - clock_api_ms(AHEAD_MS), bulk->lane.not_before);
+}
+
+bool
+bulk_ahead_due(const Sender *sender, int64 now)
+{
+	return now >= ahead_at(sender, now);
+}
+
 int64
 bulk_next_at(const Sender *sender, int64 now)
 {
 	const Bulk *bulk = &sender->bulk;
+	int64		at = ahead_at(sender, now);
 
 	if (bulk->calling || (bulk->state == BULK_IDLE && !sweep_wanted(sender)))
-		return PG_INT64_MAX;
-	return Max(bulk->next_at, bulk->lane.not_before);
+		return at;
+	return Min(at, Max(bulk->next_at, bulk->lane.not_before));
+}
+
+static void
+start_next(Bulk *bulk, int64 now)
+{
+	HeldJob    *empty = bulk->current;
+
+	held_job_clear(empty);
+	bulk->current = bulk->next;
+	bulk->next = empty;
+	bulk_enter(bulk, BULK_SUBMIT, now);
 }
 
 /*
@@ -441,9 +515,14 @@ bulk_step(Sender *sender, int64 now)
 			return false;
 		case BULK_PREPARE:
 			bulk->waiting_for_slot = false;
-			if (bulk_prepare(sender))
+			if (bulk->next->entities != NULL)
 			{
-				bulk_enter(bulk, BULK_SUBMIT, now);
+				start_next(bulk, now);
+				return false;
+			}
+			if (bulk_prepare(sender, false))
+			{
+				start_next(bulk, now);
 				return true;
 			}
 			if (bulk->plan != NULL && bulk->solo == NULL)
@@ -453,16 +532,20 @@ bulk_step(Sender *sender, int64 now)
 			return false;
 		case BULK_SUBMIT:
 			(void) take_slot(sender);
-			jobs_count_attempt(bulk->job.id);
-			bulk->job.attempts++;
+			jobs_count_attempt(bulk->current->job.id);
+			bulk->current->job.attempts++;
 			old = MemoryContextSwitchTo(bulk->body_context);
-			bulk->body = jobs_body(&bulk->job, &bulk->npieces);
+			bulk->body = jobs_body(&bulk->current->job, &bulk->npieces);
 			MemoryContextSwitchTo(old);
 			return true;
 		case BULK_ASK:
+			(void) take_slot(sender);
+			return false;
 		case BULK_RUNNING:
 		case BULK_UNKNOWN:
 			(void) take_slot(sender);
+			if (overdue(bulk, now))
+				put_back_next(sender);	/* what it holds would wait for long */
 			return false;
 	}
 	return false;
@@ -492,11 +575,11 @@ bulk_start(Sender *sender, int64 now)
 			started = api_jobs(sender->http, target, call, &error);
 			break;
 		case BULK_SUBMIT:
-			started = api_submit(sender->http, target, bulk->job.kind, bulk->body, bulk->npieces,
-								 bulk->job.ndjson ? bulk->job.filename : NULL, call, &error);
+			started = api_submit(sender->http, target, bulk->current->job.kind, bulk->body, bulk->npieces,
+								 bulk->current->job.ndjson ? bulk->current->job.filename : NULL, call, &error);
 			break;
 		case BULK_RUNNING:
-			started = api_job(sender->http, target, bulk->job.job_id, call, &error);
+			started = api_job(sender->http, target, bulk->current->job.job_id, call, &error);
 			break;
 	}
 	bulk->calling = started;

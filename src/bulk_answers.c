@@ -46,11 +46,11 @@ adopt(Sender *sender, const ApiJob *job, int64 now)
 	Bulk	   *bulk = &sender->bulk;
 	JobNews		news = JOB_NO_NEWS;
 
-	bulk->job.job_id = MemoryContextStrdup(bulk->job_context, job->job_id);
+	bulk->current->job.job_id = MemoryContextStrdup(bulk->current->context, job->job_id);
 	news.job_id = job->job_id;
 	news.status = api_job_is_final(job->status) ? "processing" : job->status;
 	news.submitted = true;
-	jobs_update(bulk->job.id, &news);
+	jobs_update(bulk->current->job.id, &news);
 	bulk->lost = bulk->conflicts = 0;
 	bulk_enter(bulk, BULK_RUNNING, now);
 }
@@ -69,8 +69,8 @@ answered_unknown(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecisi
 	}
 	for (int i = 0; i < n; i++)
 	{
-		if (bulk->job.ndjson && bulk->job.filename != NULL &&
-			strcmp(jobs[i].filename, bulk->job.filename) == 0)
+		if (bulk->current->job.ndjson && bulk->current->job.filename != NULL &&
+			strcmp(jobs[i].filename, bulk->current->job.filename) == 0)
 		{
 			adopt(sender, &jobs[i], now);
 			return;
@@ -90,14 +90,15 @@ answered_unknown(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecisi
 /* A job that tells how far it is ends when its other records have had their
  * time, else when all should have had it */
 static int64
-next_poll(const Bulk *bulk, int64 now)
+next_poll(Bulk *bulk, int64 now)
 {
 	int64		elapsed = now - bulk->since;
 	int64		expected = bulk_expected_ms(bulk);
 	int64		left = expected - elapsed;
 
 	if (bulk->last_completed > 0)
-		left = (int64) (bulk->job.records - bulk->last_completed) * 60000 / USERPILOT_RECORDS_PER_MINUTE;
+		left = (int64) (bulk->current->job.records - bulk->last_completed) * 60000 / USERPILOT_RECORDS_PER_MINUTE;
+	bulk->ends_at = now + left;
 	return now + delivery_poll_interval(elapsed, expected, left);
 }
 
@@ -107,7 +108,7 @@ accepted(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
 	Bulk	   *bulk = &sender->bulk;
 	JobNews		news = JOB_NO_NEWS;
 
-	bulk->job.job_id = MemoryContextStrdup(bulk->job_context, job->job_id);
+	bulk->current->job.job_id = MemoryContextStrdup(bulk->current->context, job->job_id);
 	news.status = job->status[0] && !api_job_is_final(job->status) ? job->status : "queued";
 	news.job_id = job->job_id;
 	news.total_rows = job->total_rows;
@@ -115,7 +116,7 @@ accepted(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
 	news.request_id = result->request_id;
 	news.response = sender_answer_text(result);
 	news.submitted = true;
-	jobs_update(bulk->job.id, &news);
+	jobs_update(bulk->current->job.id, &news);
 	bulk->lost = bulk->conflicts = 0;
 	bulk->since = now;
 	bulk_enter(bulk, BULK_RUNNING, next_poll(bulk, now));
@@ -131,7 +132,7 @@ note_refusal(Sender *sender, const HttpResult *result, const char *error)
 	news.error = error;
 	if (result->body_len > 0)
 		news.response = sender_answer_text(result);
-	jobs_update(sender->bulk.job.id, &news);
+	jobs_update(sender->bulk.current->job.id, &news);
 }
 
 static void
@@ -149,8 +150,8 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 	note_refusal(sender, result, error);
 	if (!decision->counts)
 	{
-		bulk->job.attempts--;
-		jobs_give_back_attempt(bulk->job.id);
+		bulk->current->job.attempts--;
+		jobs_give_back_attempt(bulk->current->job.id);
 	}
 	switch (decision->action)
 	{
@@ -162,7 +163,7 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 			bulk_enter(bulk, BULK_ASK, now + CONFLICT_MS + delivery_outage_backoff(++bulk->conflicts, sender_random()));
 			break;
 		case DELIVERY_SHRINK:
-			bulk->record_limit = Max(bulk->job.records / 2, 1);
+			bulk->record_limit = Max(bulk->current->job.records / 2, 1);
 			bulk_refused(sender, error, true);
 			bulk_enter(bulk, BULK_ASK, now);
 			break;
@@ -178,7 +179,7 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 			bulk_unknown(sender, error, now);
 			break;
 		case DELIVERY_BACKOFF:
-			bulk->next_at = now + delivery_entity_backoff(bulk->job.attempts, sender_random());
+			bulk->next_at = now + delivery_entity_backoff(bulk->current->job.attempts, sender_random());
 			break;
 		case DELIVERY_THROTTLE:
 		case DELIVERY_OUTAGE:
@@ -201,8 +202,8 @@ note_poll(Sender *sender, const HttpResult *result, const ApiJob *job)
 	news.http_status = result->status;
 	news.response = sender_answer_text(result);
 	news.polled = true;
-	jobs_update(sender->bulk.job.id, &news);
-	sender->bulk.last_completed = Min(Max(job->completed_rows, 0), sender->bulk.job.records);
+	jobs_update(sender->bulk.current->job.id, &news);
+	sender->bulk.last_completed = Min(Max(job->completed_rows, 0), sender->bulk.current->job.records);
 }
 
 static void
@@ -221,7 +222,7 @@ answered_poll(Sender *sender, const HttpResult *result, const ApiJob *job,
 		return;
 	note_poll(sender, result, job);
 	bulk->next_at = next_poll(bulk, now);
-	switch (delivery_job_end(job->status, bulk->job.records, job->total_rows, job->completed_rows))
+	switch (delivery_job_end(job->status, bulk->current->job.records, job->total_rows, job->completed_rows))
 	{
 		case DELIVERY_JOB_RUNNING:
 			break;
@@ -230,7 +231,7 @@ answered_poll(Sender *sender, const HttpResult *result, const ApiJob *job,
 			break;
 		case DELIVERY_JOB_SHORT:
 			bulk_dissolved(sender, psprintf("completed with %d of %d records",
-										   (int) job->completed_rows, bulk->job.records));
+										   (int) job->completed_rows, bulk->current->job.records));
 			break;
 		case DELIVERY_JOB_FAILED:
 			bulk_failed(sender, now);
@@ -266,15 +267,15 @@ log_call(Sender *sender, const HttpResult *result, DeliveryCall call,
 		.server = sender->env->server,
 		.method = call == DELIVERY_SUBMIT ? "POST" : "GET",
 		.path = "/v1/background_jobs",
-		.job = call == DELIVERY_LIST ? 0 : sender->bulk.job.id,
+		.job = call == DELIVERY_LIST ? 0 : sender->bulk.current->job.id,
 		.outcome = delivery_action_name(decision->action),
 		.error = error
 	};
 
 	if (call == DELIVERY_SUBMIT)
-		entry.path = api_submit_path(sender->bulk.job.kind);
+		entry.path = api_submit_path(sender->bulk.current->job.kind);
 	else if (call == DELIVERY_POLL)
-		entry.path = psprintf("/v1/background_jobs/%s", sender->bulk.job.job_id);
+		entry.path = psprintf("/v1/background_jobs/%s", sender->bulk.current->job.job_id);
 	history_call(&entry, result);
 }
 
@@ -297,8 +298,8 @@ bulk_answered(Sender *sender, HttpResult *result, int64 now)
 			api_read_job(result->body, result->body_len, &job);
 	answer.others_succeed = Max(bulk->lane.last_success, sender->rt.lane.last_success) >
 		bulk->call_started;
-	answer.records = bulk->job.records;
-	answer.attempts = bulk->job.attempts;
+	answer.records = bulk->current->job.records;
+	answer.attempts = bulk->current->job.attempts;
 	decision = delivery_decide(&answer);
 	if (decision.action != DELIVERY_LEARN)
 		error = sender_error_text(result);

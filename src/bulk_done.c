@@ -1,16 +1,18 @@
 /*
  * bulk_done.c
- *	  The rows of an acknowledged job leave the queue.
+ *	  What an acknowledged job said is learnt, and its rows leave the queue.
  *
  * Not with its acknowledgement but while the next job runs: the API's slot,
- * which is what bulk delivery is short of, is free meanwhile.  What a worker
- * that died had left of them the next sweep finds nothing to send for.
+ * which is what bulk delivery is short of, is free meanwhile.  Until then its
+ * entities are held.  A worker that finds such a job learns it first, and the
+ * next sweep finds nothing to send for its rows.
  */
 #include "postgres.h"
 
 #include "utils/memutils.h"
 
 #include "bulk_job.h"
+#include "pending.h"
 #include "sender.h"
 
 #define GROUP 1000
@@ -46,33 +48,48 @@ bulk_report_gone(Sender *sender)
 	bulk->any_gone = false;
 }
 
-/* The job is over: its rows wait for bulk_delete_done() */
+/* What the real-time lane holds of them it need not look at again */
+static void
+forget_rows(Sender *sender, const HeldJob *held)
+{
+	for (int i = 0; i < held->nrows; i++)
+	{
+		const JobRow *row = &held->rows[i];
+		EntityKey	key = {held->job.kind, strlen(row->entity_id), row->entity_id};
+
+		if (row->batch == 0)
+			pending_forget(&sender->rt, key, &row->tid, row->lsn);
+	}
+}
+
+/* Userpilot has what it held */
+static void
+learn(Sender *sender, HeldJob *held)
+{
+	profiles_learn_job(sender->env->server, held->job.kind, held->job.id);
+	held->entities = NULL;
+}
+
+/* The job is over: bulk_delete_done() does the rest */
 void
 bulk_set_done(Sender *sender)
 {
 	Bulk	   *bulk = &sender->bulk;
-	MemoryContext context = bulk->done_context;
+	HeldJob    *held = bulk->current;
 
 	bulk_delete_done(sender);
-	/* an earlier worker's: where its rows are nobody knows */
-	if (bulk->rows.job != bulk->job.id)
+	bulk->current = bulk->done;
+	bulk->done = held;
+	if (!held->unsure)
 	{
-		memset(&bulk->rows, 0, sizeof(bulk->rows));
-		bulk->rows.job = bulk->job.id;
-		bulk->rows.kind = bulk->job.kind;
-		bulk->rows.records = bulk->job.records;
-		bulk->rows.unsure = true;
+		forget_rows(sender, held);
+		return;
 	}
-	if (bulk->rows.unsure)
-	{
-		bulk->rows.n = 0;
-		bulk_forget_plan(sender);
-		bulk->dirty = true;
-	}
-	bulk->done = bulk->rows;
-	bulk->done_context = bulk->job_context;
-	bulk->job_context = context;
-	memset(&bulk->rows, 0, sizeof(bulk->rows));
+	/* its rows go with the sweep that finds them, whenever that is */
+	learn(sender, held);
+	held->nrows = 0;
+	bulk_forget_plan(sender);
+	bulk->dirty = true;
 }
 
 /* Not while a job is on its way out, which is waited for; and if there are no
@@ -84,7 +101,7 @@ bulk_done_due(const Sender *sender, int64 now)
 	bool		on_its_way = (bulk->state == BULK_PREPARE || bulk->state == BULK_SUBMIT) &&
 		now >= bulk->lane.not_before && sender_may_send(sender);
 
-	return bulk->done.job != 0 && !on_its_way && (bulk->done.n > 0 || !bulk->dirty);
+	return bulk->done->job.id != 0 && !on_its_way && (bulk->done->nrows > 0 || !bulk->dirty);
 }
 
 static void
@@ -113,16 +130,18 @@ void
 bulk_delete_done(Sender *sender)
 {
 	Bulk	   *bulk = &sender->bulk;
-	JobRows    *done = &bulk->done;
+	HeldJob    *held = bulk->done;
 
-	if (done->job == 0)
+	if (held->job.id == 0)
 		return;
-	delete_rows(done->rows, done->n);
-	for (int i = 0; i < done->n; i++)
-		bulk_row_gone(sender, done->kind, done->rows[i].batch);
+	if (held->entities != NULL)
+		learn(sender, held);
+	delete_rows(held->rows, held->nrows);
+	for (int i = 0; i < held->nrows; i++)
+		bulk_row_gone(sender, held->job.kind, held->rows[i].batch);
 	bulk_report_gone(sender);
-	sender_delivered(sender, done->records);
-	jobs_drop_chunks(done->job);
-	memset(done, 0, sizeof(*done));
-	MemoryContextReset(bulk->done_context);
+	sender_delivered(sender, held->job.records);
+	jobs_drop_chunks(held->job.id);
+	held_job_clear(held);
+	realtime_look_again(sender);
 }

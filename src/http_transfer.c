@@ -21,6 +21,7 @@
 #define MAX_HEADER_BYTES (64 * 1024)
 #define MAX_CONNECT_MS 10000
 #define UPLOAD_BYTES_PER_MS 64	/* the slowest upload that is waited for */
+#define UPLOAD_BUFFER (1024 * 1024) /* a job's body should leave in few pieces */
 #define SLOWEST_BYTES 1024L		/* a second, of upload or answer */
 #define CA_CACHE_SECONDS 600L	/* how long a replaced CA file may linger */
 #define MIN_MASKED_KEY 8		/* shorter ones would mask ordinary text */
@@ -378,6 +379,8 @@ set_request(HttpTransfer *transfer, const HttpCall *call, const char **error)
 		SETOPT(easy, CURLOPT_HTTPGET, 1L);
 		return true;
 	}
+	if (transfer->size > UPLOAD_BUFFER)
+		SETOPT(easy, CURLOPT_UPLOAD_BUFFERSIZE, (long) UPLOAD_BUFFER);
 	if (call->filename == NULL)
 	{
 		SETOPT(easy, CURLOPT_POST, 1L);

@@ -217,6 +217,33 @@ pending_add_solo(Realtime *rt, const QueueRow *row, bool helped)
 	pending->helped = helped;
 }
 
+void
+pending_forget(Realtime *rt, EntityKey key, const ItemPointerData *tid, uint64 lsn)
+{
+	Pending    *pending = pending_find(rt, key);
+
+	if (pending == NULL || pending->state != PENDING_WAITING)
+		return;
+	for (int i = 0; i < pending->nrows; i++)
+	{
+		QueueRow   *row = pending->rows[i];
+
+		if (row->lsn != lsn || !ItemPointerEquals(&row->tid, (ItemPointer) tid))
+			continue;
+		if (pending->nrows == 1)
+		{
+			pending_free(rt, pending);
+			return;
+		}
+		memmove(pending->rows + i, pending->rows + i + 1,
+				(pending->nrows - i - 1) * sizeof(QueueRow *));
+		pending->nrows--;
+		pending->nprovisional -= i < pending->nprovisional;
+		rt->rows--;
+		return;
+	}
+}
+
 /* Its body is no longer under way: back to waiting, what was sent unknown */
 void
 pending_wait(Realtime *rt, Pending *pending, int64 not_before)

@@ -20,6 +20,9 @@ extern void pending_free(Realtime *rt, Pending *pending);
 /* One of an entity's rows, which the bulk lane hands over with all it has */
 extern void pending_add_solo(Realtime *rt, const QueueRow *row, bool helped);
 
+/* A job has seen to this row: it waits no longer */
+extern void pending_forget(Realtime *rt, EntityKey key, const ItemPointerData *tid, uint64 lsn);
+
 /* Lets those go whose time has come; whether any may */
 extern bool pending_any_due(const Realtime *rt, int64 now);
 extern void pending_recall(Realtime *rt, int64 now);
@@ -34,7 +37,6 @@ extern void pending_wait(Realtime *rt, Pending *pending, int64 not_before);
 extern void realtime_delete_sent(Sender *sender, Pending **done, int n);
 extern void realtime_write_profiles(Sender *sender, Pending **pending, int n,
 									ProfileStep step);
-extern void realtime_look_again(Sender *sender);
 
 /* The rows its body covered are done with; it waits again if it has more */
 extern void pending_drop_sent(Realtime *rt, Pending *pending);

@@ -44,7 +44,8 @@ struct Plan
 	MemoryContext unit_context; /* of the unit taken last */
 	entities_hash *table;
 	uint8	   *filter;
-	int			per_unit;
+	int			records;		/* entities of a job */
+	int			per_unit;		/* ... and of what the other lane takes of it */
 	int			rows;
 	OpenUnit	units[1 + MAX_UNITS];
 	int			nunits;
@@ -60,7 +61,7 @@ typedef struct Place
 } Place;
 
 Plan *
-plan_create(int entities_per_unit)
+plan_create(int records_per_job, int entities_per_unit)
 {
 	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "userpilot plan",
 												  ALLOCSET_DEFAULT_SIZES);
@@ -76,6 +77,7 @@ plan_create(int entities_per_unit)
 											   ALLOCSET_DEFAULT_SIZES);
 	plan->table = entities_create(plan->pass_context, 1024, NULL);
 	plan->filter = MemoryContextAllocZero(plan->pass_context, FILTER_BITS / 8);
+	plan->records = records_per_job;
 	plan->per_unit = entities_per_unit;
 	plan->nunits = 1;			/* that of SOLO */
 	return plan;
@@ -92,7 +94,7 @@ unit_for(Plan *plan, UserpilotKind kind)
 {
 	OpenUnit   *unit = plan->open[kind];
 
-	if (unit != NULL && unit->entities < plan->per_unit &&
+	if (unit != NULL && unit->entities < (unit->bulk ? plan->per_unit : plan->records) &&
 		unit->bytes <= JOB_WRITER_MAX_ROW_BYTES)
 		return unit;
 	if (plan->nunits == lengthof(plan->units) || plan->rows >= MAX_ROWS)

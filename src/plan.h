@@ -32,8 +32,8 @@ typedef struct PlanUnit
 } PlanUnit;
 
 /* A new plan of the queue as it is now, in a context of its own below the
- * current one */
-extern Plan *plan_create(int entities_per_unit);
+ * current one.  Only what was queued as bulk makes larger units than a job. */
+extern Plan *plan_create(int records_per_job, int entities_per_unit);
 
 extern const QueueView *plan_view(const Plan *plan);
 

@@ -121,13 +121,14 @@ realtime_look(Sender *sender)
 }
 
 /* More was there than fitted: there is room now, or rows were not where they
- * had been read */
+ * had been read.  Not while an acknowledged job's rows are still there. */
 void
 realtime_look_again(Sender *sender)
 {
 	Realtime   *rt = &sender->rt;
 
-	if ((rt->overflow && rt->rows < MAX_ROWS / 2) || rt->moved)
+	if (sender->bulk.done->job.id == 0 &&
+		((rt->overflow && rt->rows < MAX_ROWS / 2) || rt->moved))
 	{
 		rt->moved = false;
 		realtime_reset_look(sender);
@@ -170,10 +171,11 @@ realtime_wave_due(const Sender *sender, int64 now)
 static bool
 held(const Sender *sender, Pending *pending, int64 now)
 {
-	pending->provisional = bulk_holds(sender, pending->key);
-	if (!pending->provisional)
+	pending->provisional = false;
+	if (!bulk_holds(sender, pending->key, entity_hash(pending->key)))
 		return false;
-	return !bulk_overdue(sender, now) || pending->nprovisional == pending->nrows;
+	pending->provisional = bulk_holds_overdue(sender, pending->key, now);
+	return !pending->provisional || pending->nprovisional == pending->nrows;
 }
 
 /* Takes up to max entities that may go, out of one list */
@@ -318,7 +320,7 @@ make_ready(Sender *sender, Pending *pending)
 	pending->profile.job = 0;
 	/* sent beside the job: what is to become of its rows is decided after it */
 	if (pending->provisional)
-		sender->bulk.rows.unsure = true;
+		sender->bulk.current->unsure = true;
 	pending->application = sender->env->fingerprint;
 	pending->state = PENDING_READY;
 	dlist_delete(&pending->node);

@@ -302,7 +302,7 @@ per_minute(const Sender *sender, int64 now)
 {
 	int64		ms = now - sender->delivering_since_ms;
 	int64		records = sender->delivered + Max(sender->bulk.last_completed, 0) +
-		sender->bulk.done.records;
+		sender->bulk.done->job.records;
 
 	if (sender->delivering_since == 0 || ms < 1000 || records == 0)
 		return 0;

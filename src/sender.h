@@ -16,8 +16,8 @@
 #include "delivery.h"
 #include "entities.h"
 #include "environment.h"
+#include "held_job.h"
 #include "http.h"
-#include "jobs.h"
 #include "quota.h"
 #include "profiles.h"
 #include "queue.h"
@@ -113,44 +113,22 @@ typedef enum BulkState
 	BULK_UNKNOWN				/* did it arrive? */
 } BulkState;
 
-/* Rows of the queue, by their places; entity_id ends in NUL */
-typedef struct JobRow
-{
-	uint64		lsn;
-	int64		batch;
-	const char *entity_id;
-	ItemPointerData tid;
-} JobRow;
-
-typedef struct JobRows
-{
-	int64		job;			/* 0: none */
-	UserpilotKind kind;
-	int			records;
-	JobRow	   *rows;
-	int			n;
-	int			max;
-	bool		unsure;			/* not all of them, or not of them alone: what is
-								 * left is for a sweep to find out */
-} JobRows;
-
 typedef struct Bulk
 {
 	Lane		lane;
 	MemoryContext context;
 	BulkState	state;
 	bool		calling;
-	MemoryContext job_context;	/* of job, flying and rows */
 	MemoryContext body_context;
 	HttpPiece  *body;
 	int			npieces;
 	Call		call;			/* the one under way */
-	Job			job;
-	entities_hash *flying;		/* entities of the job; NULL: no job */
-	JobRows		rows;			/* of the queue, that went into the job */
-	MemoryContext done_context; /* of done */
-	JobRows		done;			/* of the job before: acknowledged, to be deleted */
+	/* a job goes from one to the next; there is always room for each */
+	HeldJob    *next;			/* prepared */
+	HeldJob    *current;		/* on its way, or running */
+	HeldJob    *done;			/* acknowledged: to be learnt, its rows deleted */
 	struct Plan *plan;			/* of the next jobs, or NULL */
+	uint32		passes;			/* over the queue, to make plans */
 	entities_hash *solo;		/* ... of dissolved jobs */
 	BlockNumber position;		/* the next sweep begins here */
 	bool		dirty;			/* something may be there to sweep */
@@ -158,6 +136,7 @@ typedef struct Bulk
 	int			record_limit;	/* halved by 413, doubled by success */
 	int64		next_at;
 	int64		since;			/* submitted, or waiting for the slot */
+	int64		ends_at;		/* when the running job should be over */
 	int64		unknown_looks;	/* lists seen without the job, in a row */
 	int			lost;			/* submissions without a proper answer, in a row */
 	int64		lost_since;		/* start of the first of them */
@@ -238,6 +217,7 @@ extern void realtime_give_back(Sender *sender);
 extern void realtime_init(Sender *sender);
 extern void realtime_reset_look(Sender *sender);
 extern void realtime_look(Sender *sender);
+extern void realtime_look_again(Sender *sender);
 extern bool realtime_wave_due(const Sender *sender, int64 now);
 extern bool realtime_wave(Sender *sender, int64 now);
 extern void realtime_start(Sender *sender, int64 now);
@@ -256,16 +236,17 @@ extern bool bulk_due(const Sender *sender, int64 now);
 extern bool bulk_step(Sender *sender, int64 now);
 extern bool bulk_busy(const Sender *sender);
 extern void bulk_release_slot(Sender *sender);
-extern void bulk_discard(Sender *sender);
 extern void bulk_start(Sender *sender, int64 now);
 extern void bulk_answered(Sender *sender, HttpResult *result, int64 now);
-extern bool bulk_prepare(Sender *sender);
+extern bool bulk_prepare(Sender *sender, bool ahead);
+extern bool bulk_ahead_due(const Sender *sender, int64 now);
 extern void bulk_changed(Sender *sender);
 extern bool bulk_done_due(const Sender *sender, int64 now);
 extern void bulk_row_gone(Sender *sender, UserpilotKind kind, int64 batch);
 extern void bulk_delete_done(Sender *sender);
-extern bool bulk_holds(const Sender *sender, EntityKey key);
-extern bool bulk_overdue(const Sender *sender, int64 now);
+extern bool bulk_holds(const Sender *sender, EntityKey key, uint32 hash);
+/* ... for a running job that takes so long that newer changes go out beside it */
+extern bool bulk_holds_overdue(const Sender *sender, EntityKey key, int64 now);
 extern int64 bulk_next_at(const Sender *sender, int64 now);
 
 #endif

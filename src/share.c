@@ -7,23 +7,27 @@
  */
 #include "postgres.h"
 
+#include "clock.h"
 #include "share.h"
 
 /* With less to spare than that a job takes it along */
 #define HELP_MIN_ROWS 1000
 
-/* Of a real-time backlog the lane keeps its share of both lanes' capacity */
+/*
+ * Of a real-time backlog the lane keeps its share of both lanes' capacity:
+ * others with each pass, so that what is left of it is shared again.
+ */
 static bool
-stays_in_realtime(uint32 hash)
+stays_in_realtime(const Sender *sender, uint32 hash)
 {
-	return hash % (USERPILOT_REQUESTS_PER_MINUTE + USERPILOT_RECORDS_PER_MINUTE) <
-		USERPILOT_REQUESTS_PER_MINUTE;
+	return murmurhash32(hash + sender->bulk.passes) %
+		(USERPILOT_REQUESTS_PER_MINUTE + USERPILOT_RECORDS_PER_MINUTE) < USERPILOT_REQUESTS_PER_MINUTE;
 }
 
 bool
 share_bulk_row(const Sender *sender, const QueueRow *row, uint32 hash)
 {
-	return row->bulk || (realtime_backlogged(sender) && !stays_in_realtime(hash));
+	return row->bulk || (realtime_backlogged(sender) && !stays_in_realtime(sender, hash));
 }
 
 /*
@@ -53,29 +57,45 @@ share_entities_per_unit(const Sender *sender)
 	return sender->bulk.record_limit + help_per_job(sender);
 }
 
+/* Up to one job's worth waits there when the next is handed over, which may be
+ * before the running job has ended */
 static int
 room_for_help(const Sender *sender)
 {
 	const Realtime *rt = &sender->rt;
-	int			room = help_per_job(sender) - (int) rt->pending->members;
+	int			help = help_per_job(sender);
+	int			room = Min(help, 2 * help - (int) rt->pending->members);
 
 	if (rt->overflow || rt->lane.outages > 0 || rt->lane.throttled > 0 || sender->paused)
 		return 0;
 	return room >= HELP_MIN_ROWS ? room : 0;
 }
 
+/* What a job takes of the last unit so that both lanes end together: the
+ * real-time lane has what waits there, and begins while a job still runs */
+static int
+share_of_job(const Sender *sender, int entities)
+{
+	const Bulk *bulk = &sender->bulk;
+	int64		lead = bulk->state == BULK_RUNNING ? Max(bulk->ends_at - clock_now(), 0) : 0;
+	int64		to_share = entities + (int64) sender->rt.pending->members -
+		lead * help_per_minute(sender) / 60000;
+
+	return Max(to_share, 0) * USERPILOT_RECORDS_PER_MINUTE /
+		(USERPILOT_RECORDS_PER_MINUTE + help_per_minute(sender));
+}
+
 /*
- * The last unit of a backlog is shared, so that both lanes end together; what
- * is no more than a job from the start is never split.
+ * The last unit of a backlog is shared; what is no more than a job from the
+ * start is never split.
  */
 int
 share_unit(const Sender *sender, const PlanUnit *unit, int *help)
 {
 	const Bulk *bulk = &sender->bulk;
 	int			later = plan_rows(bulk->plan);
-	int			share = (int64) unit->entities * USERPILOT_RECORDS_PER_MINUTE /
-		(USERPILOT_RECORDS_PER_MINUTE + help_per_minute(sender));
-	bool		goes_on = bulk->done.job != 0;
+	int			share = share_of_job(sender, unit->entities);
+	bool		goes_on = bulk->done->job.id != 0 || bulk->current->entities != NULL;
 	int			limit = bulk->record_limit;
 
 	*help = 0;

@@ -160,7 +160,8 @@ pass(Sweep *sweep)
 	Bulk	   *bulk = &sender->bulk;
 	MemoryContext old = MemoryContextSwitchTo(bulk->context);
 
-	bulk->plan = plan_create(share_entities_per_unit(sender));
+	bulk->passes++;
+	bulk->plan = plan_create(bulk->record_limit, share_entities_per_unit(sender));
 	MemoryContextSwitchTo(old);
 	memset(sender->counted, 0, sizeof(sender->counted));
 	sender->oldest = 0;
@@ -179,8 +180,7 @@ pass(Sweep *sweep)
 static bool
 fits_job(const Sweep *sweep)
 {
-	const Bulk *bulk = &sweep->sender->bulk;
-	int			taken = bulk->flying != NULL ? bulk->job.records : 0;
+	int			taken = sweep->sender->bulk.next->job.records;
 
 	return !sweep->full && taken + sweep->njob < sweep->job_limit;
 }
@@ -194,6 +194,11 @@ sort_of(Sweep *sweep, const QueueRow *row, EntityKey key, uint32 hash, SweepSort
 	if (realtime_in_flight(sweep->sender, key, hash))
 	{
 		sweep->solo_waits |= row->bulk;
+		return false;
+	}
+	if (bulk_holds(sweep->sender, key, hash))
+	{
+		sweep->left_out = true;
 		return false;
 	}
 	if (bulk->solo && entities_lookup_hash(bulk->solo, key, hash))
@@ -550,31 +555,32 @@ forget_dissolved(Sweep *sweep)
 /*
  * One unit's turn.  Returns whether there is a job to submit, marked and
  * written, which needs a durable commit; if there is none, and a plan still,
- * it may be called again.
+ * it may be called again.  Ahead of a running job's end there is no new plan:
+ * the rows of that job are still there.
  */
 bool
-bulk_prepare(Sender *sender)
+bulk_prepare(Sender *sender, bool ahead)
 {
 	Bulk	   *bulk = &sender->bulk;
 	Sweep		sweep = {0};
 	MemoryContext old;
 	bool		passed = false;
 
-	Assert(bulk->flying == NULL);
+	Assert(bulk->next->entities == NULL);
 	sweep.sender = sender;
 	sweep.context = AllocSetContextCreate(CurrentMemoryContext, "userpilot sweep",
 										  ALLOCSET_DEFAULT_SIZES);
 	sweep.group_context = AllocSetContextCreate(sweep.context, "userpilot group",
 												ALLOCSET_DEFAULT_SIZES);
 	old = MemoryContextSwitchTo(sweep.context);
-	MemoryContextReset(bulk->job_context);
+	held_job_clear(bulk->next);
 	reload_batches(sender);
 	job_writer_init(&sweep.job, sender, bulk->record_limit);
 
 	/* a dissolved job's rows may be anywhere */
 	if (bulk->solo != NULL || (bulk->plan != NULL && !queue_view_stands(plan_view(bulk->plan))))
 		bulk_forget_plan(sender);
-	if (!sweep_next(&sweep))
+	if (!sweep_next(&sweep) && !ahead)
 	{
 		bulk_forget_plan(sender);
 		bulk_delete_done(sender);
@@ -582,9 +588,9 @@ bulk_prepare(Sender *sender)
 		(void) sweep_next(&sweep);
 		passed = true;
 	}
-	if (bulk->flying != NULL)
+	if (bulk->next->entities != NULL)
 		job_writer_finish(&sweep.job);
-	if (plan_rows(bulk->plan) == 0)
+	if (bulk->plan != NULL && plan_rows(bulk->plan) == 0)
 		bulk_forget_plan(sender);
 	if (passed)
 		forget_dissolved(&sweep);
@@ -594,7 +600,10 @@ bulk_prepare(Sender *sender)
 
 	MemoryContextSwitchTo(old);
 	MemoryContextDelete(sweep.context);
-	if (bulk->flying != NULL && bulk->job.records == 0)
-		bulk_discard(sender);
-	return bulk->flying != NULL;
+	if (bulk->next->entities != NULL && bulk->next->job.records == 0)
+	{
+		jobs_delete(bulk->next->job.id);
+		held_job_clear(bulk->next);
+	}
+	return bulk->next->entities != NULL;
 }

@@ -327,6 +327,14 @@ step_sender(Sender *sender)
 		step_end(false);
 		did = true;
 	}
+	if (bulk_ahead_due(sender, now))
+	{
+		begin_step();
+		durable = sender_still_enabled(sender) && bulk_prepare(sender, true);
+		sender_report(sender, now, false);
+		step_end(durable);
+		did = true;
+	}
 	if (realtime_wave_due(sender, now))
 	{
 		begin_step();

@@ -83,6 +83,70 @@ in_units(3);
 sql('TRUNCATE userpilot_queue');
 until_true('the worker leaves an emptied queue', \&no_worker);
 
+# --- a job that is prepared while another runs ---
+
+# The number of the prepared one
+sub ahead
+{
+	my $job;
+
+	until_true(
+		'the next job is prepared',
+		sub {
+			$job = sql(q{SELECT max(id) FILTER (WHERE submitted_at IS NULL) FROM userpilot_jobs
+				WHERE finished_at IS NULL HAVING count(submitted_at) = 1});
+		});
+	return $job;
+}
+
+sub put_back
+{
+	my ($job, $why) = @_;
+
+	until_true("it is put back: $why", sub { return sql("SELECT count(*) FROM userpilot_jobs WHERE id = $job") == 0; });
+}
+
+sub all_have
+{
+	my ($a, $what) = @_;
+
+	delivered($node, 'postgres');
+	is(sql(qq{SELECT count(*) FROM userpilot_profiles WHERE metadata = '{"a": $a}' AND entity_id LIKE 'u%' AND job IS NULL}),
+		30000, $what);
+	is(() = ($api->raw('/_/state?kind=companies') =~ /"a": ?$a\b/g), 30000, '... and so it is at Userpilot');
+}
+
+in_units(4);
+my $job = ahead();
+cmp_ok(sql(qq{SELECT pending FROM userpilot_status}), '>=', 20000, 'a job is prepared while another runs');
+isnt(sql(qq{SELECT job FROM userpilot_status}), $job, '... which is the one that is shown');
+$node->stop('immediate');
+$node->start;
+put_back($job, 'the worker was killed');
+all_have(4, 'a job that had not left when the server crashed is bound anew');
+
+# the first does not end: what was prepared beside it is not held with it
+$api->fault({ job => 'stuck' }, match => { path => '/bulk_identify$' });
+in_units(5);
+$api->no_faults;
+$job = ahead();
+my $in_next = sql(qq{SELECT max(entity_id) FROM userpilot_profiles WHERE job = $job});
+put_back($job, 'the running job is overdue');
+sql(qq{SELECT userpilot_identify_company('$in_next', '{"a": 6}')});
+until_true('a fresh change of it leaves', sub { return value_of($in_next) == 6; });
+sql(qq{SELECT userpilot_identify_company('$in_next', '{"a": 5}')});
+is(sql(q{SELECT count(*) FROM userpilot_jobs WHERE finished_at IS NULL}), 1, '... while the job still runs');
+$api->finish_jobs;
+all_have(5, 'after an overdue job all is delivered');
+
+# the first is sent record by record: that does not wait for the next
+$api->fault({ job => 'short', rows => 9999 }, match => { path => '/bulk_identify$' });
+in_units(6);
+$api->no_faults;
+$job = ahead();
+put_back($job, 'the running job was short');
+all_have(6, 'after a short job all is delivered');
+
 # --- progress ---
 
 sql(q{SELECT userpilot_bulk_identify_companies('p' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 24000) i});
