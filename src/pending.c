@@ -95,12 +95,18 @@ push_waiting(Realtime *rt, Pending *pending)
 	dlist_push_tail(&rt->waiting[list], &pending->node);
 }
 
-bool
-pending_any_due(const Realtime *rt, int64 now)
+int64
+pending_due_at(const Realtime *rt)
 {
-	return !dlist_is_empty((dlist_head *) &rt->waiting[WAITING_FRESH]) ||
-		!dlist_is_empty((dlist_head *) &rt->waiting[WAITING_SOLO]) ||
-		(!dlist_is_empty((dlist_head *) &rt->waiting[WAITING_LATER]) && now >= rt->later_at);
+	int64		at = PG_INT64_MAX;
+
+	if (!dlist_is_empty((dlist_head *) &rt->waiting[WAITING_FRESH]))
+		return 0;
+	if (!dlist_is_empty((dlist_head *) &rt->waiting[WAITING_SOLO]))
+		at = rt->solo_at;
+	if (!dlist_is_empty((dlist_head *) &rt->waiting[WAITING_LATER]))
+		at = Min(at, rt->later_at);
+	return at;
 }
 
 void

@@ -23,9 +23,10 @@ extern void pending_add_solo(Realtime *rt, const QueueRow *row, bool helped);
 /* A job has seen to this row: it waits no longer */
 extern void pending_forget(Realtime *rt, EntityKey key, const ItemPointerData *tid, uint64 lsn);
 
-/* Lets those go whose time has come; whether any may */
-extern bool pending_any_due(const Realtime *rt, int64 now);
+/* Lets those go whose time has come; when the first of all may go, INT64_MAX:
+ * none is there */
 extern void pending_recall(Realtime *rt, int64 now);
+extern int64 pending_due_at(const Realtime *rt);
 
 /* A call of it starts: the next one waits a while */
 extern void pending_called(Realtime *rt, Pending *pending, int64 now);

@@ -22,6 +22,11 @@
 /* Rows kept in memory; past them the bulk lane takes over */
 #define MAX_ROWS 20000
 
+/* What the bulk lane has handed over goes so often (API ms), and what was not
+ * used of the last half minute is made up for */
+#define SOLO_INTERVAL_MS 1000
+#define SOLO_INTERVALS 30
+
 /* With more than this waiting, a job of most of them is the faster way */
 #define BACKLOG_ENTITIES 400
 
@@ -159,7 +164,7 @@ realtime_wave_due(const Sender *sender, int64 now)
 {
 	const Realtime *rt = &sender->rt;
 
-	return now >= rt->denied_until && pending_any_due(rt, now) && wave_room(sender, now) > 0;
+	return now >= Max(rt->denied_until, pending_due_at(rt)) && wave_room(sender, now) > 0;
 }
 
 /*
@@ -176,6 +181,48 @@ held(const Sender *sender, Pending *pending, int64 now)
 		return false;
 	pending->provisional = bulk_holds_overdue(sender, pending->key, now);
 	return !pending->provisional || pending->nprovisional == pending->nrows;
+}
+
+/* A sixtieth is kept for what is fresh, which also goes first */
+int
+realtime_solo_limit(int per_minute)
+{
+	return Max(per_minute - per_minute / 60, 1);
+}
+
+static int64
+solo_interval(int per_minute)
+{
+	return Max(SOLO_INTERVAL_MS, 60000 / realtime_solo_limit(per_minute) + 1);
+}
+
+/*
+ * Calls of what the bulk lane has handed over are spread over the minute, so
+ * that one of what is fresh never waits for long: those of a minute ago, which
+ * make room for it, are spread as well.
+ */
+static int
+solos_paid_for(const Sender *sender, int64 now)
+{
+	const Realtime *rt = &sender->rt;
+	int			per_minute = sender->env->requests_per_minute;
+	int64		since = Max(rt->solo_since, now - SOLO_INTERVALS * solo_interval(per_minute));
+
+	if (now < rt->solo_at)
+		return 0;
+	return (now - since) * realtime_solo_limit(per_minute) / 60000;
+}
+
+static void
+pay_for_solos(Sender *sender, int n, int64 now)
+{
+	Realtime   *rt = &sender->rt;
+	int			per_minute = sender->env->requests_per_minute;
+	int64		interval = solo_interval(per_minute);
+
+	rt->solo_since = Max(rt->solo_since, now - SOLO_INTERVALS * interval) +
+		(int64) n * 60000 / realtime_solo_limit(per_minute);
+	rt->solo_at = rt->solo_since + interval;
 }
 
 /* Takes up to max entities that may go, out of one list */
@@ -203,10 +250,12 @@ static int
 choose(Sender *sender, Pending **chosen, int max, int64 now)
 {
 	int			n;
+	int			solos;
 
 	pending_recall(&sender->rt, now);
 	n = choose_from(sender, WAITING_FRESH, chosen, max, now);
-	return n + choose_from(sender, WAITING_SOLO, chosen + n, max - n, now);
+	solos = Min(max - n, solos_paid_for(sender, now));
+	return n + choose_from(sender, WAITING_SOLO, chosen + n, solos, now);
 }
 
 /* What the bulk lane handed over may have been cancelled meanwhile */
@@ -328,13 +377,6 @@ make_ready(Sender *sender, Pending *pending)
 	rt->nready++;
 }
 
-/* A twentieth is kept for what is fresh, which also goes first */
-int
-realtime_help_limit(int per_minute)
-{
-	return per_minute - per_minute / 20;
-}
-
 /*
  * How many of those to be sent may go now; the others wait.  The right to a
  * call is taken before the mark, so that a body leaves soon after it: after a
@@ -355,8 +397,10 @@ within_quota(Sender *sender, Pending **sending, int n, int64 now)
 		fresh++;
 	granted = quota_calls_take(sender->env->fingerprint, per_minute, fresh, now, &wait_until);
 	if (granted == fresh)
-		granted += quota_calls_take(sender->env->fingerprint, realtime_help_limit(per_minute),
+		granted += quota_calls_take(sender->env->fingerprint, realtime_solo_limit(per_minute),
 									n - fresh, now, &wait_until);
+	if (granted > fresh)
+		pay_for_solos(sender, granted - fresh, now);
 	for (int i = granted; i < n; i++)
 		pending_wait(rt, sending[i], wait_until);
 	if (granted < n)
@@ -481,9 +525,8 @@ realtime_next_at(const Sender *sender, int64 now)
 
 	if (rt->nready > 0 && rt->ncalling < sender->env->connections)
 		return rt->lane.not_before;
-	if (!pending_any_due(rt, PG_INT64_MAX) ||
-		wave_room(sender, Max(now, rt->lane.not_before)) == 0)
+	at = pending_due_at(rt);
+	if (at == PG_INT64_MAX || wave_room(sender, Max(now, rt->lane.not_before)) == 0)
 		return PG_INT64_MAX;
-	at = Max(rt->lane.not_before, rt->denied_until);
-	return pending_any_due(rt, at) ? at : rt->later_at;
+	return Max(at, Max(rt->lane.not_before, rt->denied_until));
 }

@@ -93,6 +93,8 @@ typedef struct Realtime
 	bool		overflow;		/* more is queued than fits */
 	bool		moved;			/* rows were not where they had been read */
 	int64		denied_until;	/* the limit on calls lets nothing go before */
+	int64		solo_since;		/* calls of WAITING_SOLO are paid for up to here */
+	int64		solo_at;		/* none of them goes before */
 } Realtime;
 
 /* What a call is for; the owner of its result */
@@ -225,8 +227,8 @@ extern void realtime_answered(Sender *sender, HttpResult **results, int n, int64
 extern bool realtime_backlogged(const Sender *sender);
 extern bool realtime_in_flight(const Sender *sender, EntityKey key, uint32 hash);
 extern void realtime_add_solo(Sender *sender, QueueRow **rows, int n, bool helped);
-/* Calls a minute that may be spent on what is not fresh */
-extern int	realtime_help_limit(int per_minute);
+/* Calls a minute that may be spent on what the bulk lane hands over */
+extern int	realtime_solo_limit(int per_minute);
 extern int64 realtime_next_at(const Sender *sender, int64 now);
 
 /* bulk.c, bulk_answers.c, bulk_done.c, sweep.c */

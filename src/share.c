@@ -38,7 +38,7 @@ share_bulk_row(const Sender *sender, const QueueRow *row, uint32 hash)
 static int
 help_per_minute(const Sender *sender)
 {
-	return realtime_help_limit(Min(sender->env->requests_per_minute,
+	return realtime_solo_limit(Min(sender->env->requests_per_minute,
 								   USERPILOT_REQUESTS_PER_MINUTE));
 }
 
