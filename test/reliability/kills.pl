@@ -29,9 +29,10 @@ my $TRIES = 4;
 # quiet: nobody writes; starting: a worker that has just been started)
 my $marked  = 'profiles_write if step == PROFILE_MARKED && n > 0';
 my $learned = 'profiles_write if step == PROFILE_LEARNED && n > 0';
-my $done    = 'bulk_delete_done if sender->bulk.done.job != 0';
+my $done    = 'bulk_delete_done if sender->bulk.done->job.id != 0';
 my %short   = (fault => { job => 'short', rows => 3 });
 my %refused = (fault => { status => 409 });
+my %halved  = (fault => { status => 413 });
 my %lost    = (fault => { drop => 'after' }, format => 'ndjson');
 my @points  = (
 	[ 'wave: before anything is read'           => ['realtime_wave'] ],
@@ -66,12 +67,16 @@ my @points  = (
 	[ 'job: accepted, before that is written'   => [ 'api_submit', 'jobs_update' ] ],
 	[ 'job: accepted, before that commits'      => [ 'api_submit', 'jobs_update', 'step_end' ] ],
 	[ 'job: polled'                             => ['bulk_answered if sender->bulk.state == BULK_RUNNING'] ],
-	[ 'job: completed, before it is learnt'     => ['bulk_completed'] ],
+	[ 'job: completed'                          => ['bulk_completed'] ],
+	[ 'job: before its completion commits'      => [ 'bulk_set_done', 'step_end' ] ],
+	[ 'job: completed, not yet learnt'          => [ 'bulk_set_done', 'bulk_step' ] ],
 	[ 'job: being learnt'                       => ['profiles_learn_job'] ],
 	[ 'job: before learning commits'            => [ 'profiles_learn_job', 'step_end' ] ],
-	[ 'job: learnt, its rows still queued'      => [ 'profiles_learn_job', 'bulk_prepare' ] ],
 	[ 'job: before its rows are deleted'        => [ $done, 'queue_delete' ] ],
 	[ 'job: forgotten, before that commits'     => [ $done, 'jobs_drop_chunks', 'step_end' ] ],
+	[ 'next job: before it commits'             => [ 'bulk_prepare if ahead', 'jobs_set_size', 'step_end' ], %halved ],
+	[ 'next job: prepared'                      => [ 'bulk_prepare if ahead', 'jobs_set_size', 'bulk_answered' ], %halved ],
+	[ 'next job: its turn'                      => [ 'bulk_prepare if ahead', 'jobs_set_size', 'jobs_count_attempt' ], %halved ],
 	[ 'short job: before it is dissolved'       => ['bulk_dissolved'], %short ],
 	[ 'short job: before its marks are released' => [ 'bulk_dissolved', 'profiles_release_job' ], %short ],
 	[ 'short job: before that commits'          => [ 'bulk_dissolved', 'step_end' ], %short ],
