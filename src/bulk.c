@@ -225,6 +225,18 @@ bulk_refused(Sender *sender, const char *error, bool give_back)
 	bulk->dirty = true;
 }
 
+void
+bulk_withdraw(Sender *sender)
+{
+	Bulk	   *bulk = &sender->bulk;
+
+	put_back_next(sender);
+	if (bulk->state != BULK_SUBMIT || bulk->calling)
+		return;
+	bulk_refused(sender, "the properties to be excluded have changed", true);
+	bulk_enter(bulk, BULK_ASK, bulk->next_at);
+}
+
 /* Record by record through the real-time lane, which answers for each */
 void
 bulk_dissolved(Sender *sender, const char *error)

@@ -40,6 +40,20 @@ realtime_give_back(Sender *sender)
 		quota_calls_return(dlist_container(Pending, node, iter.cur)->application, 1);
 }
 
+void
+realtime_withdraw(Sender *sender)
+{
+	Realtime   *rt = &sender->rt;
+	dlist_mutable_iter iter;
+
+	realtime_give_back(sender);
+	dlist_foreach_modify(iter, &rt->ready)
+	{
+		rt->nready--;
+		pending_wait(rt, dlist_container(Pending, node, iter.cur), 0);
+	}
+}
+
 static void
 bury(Sender *sender, Pending *pending, const HttpResult *result, const char *error)
 {

@@ -48,7 +48,8 @@ sender_destroy(Sender *sender)
 
 /*
  * Calls in flight hold copies of what they need, so the old environment can
- * go.  A paused server comes back when endpoint or key have changed.
+ * go.  A paused server comes back when endpoint or key have changed.  What is
+ * excluded from now on must not leave with what was prepared before.
  */
 bool
 sender_reload(Sender *sender)
@@ -57,6 +58,7 @@ sender_reload(Sender *sender)
 												  ALLOCSET_SMALL_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 	Environment *env = environment_load(sender->serverid);
+	bool		reshaped;
 
 	MemoryContextSwitchTo(old);
 	if (env == NULL)
@@ -71,9 +73,15 @@ sender_reload(Sender *sender)
 		ereport(LOG, (errmsg("userpilot: server \"%s\" resumes: its key or endpoint has changed",
 							 env->server)));
 	}
+	reshaped = sender->env != NULL && !shape_excludes_same(&sender->env->shape, &env->shape);
 	MemoryContextDelete(sender->env_context);
 	sender->env_context = context;
 	sender->env = env;
+	if (reshaped)
+	{
+		realtime_withdraw(sender);
+		bulk_withdraw(sender);
+	}
 	return true;
 }
 

@@ -216,6 +216,8 @@ extern char *sender_answer_text(const HttpResult *result);
 
 /* realtime.c */
 extern void realtime_give_back(Sender *sender);
+/* What is marked and has not left is to be merged again */
+extern void realtime_withdraw(Sender *sender);
 extern void realtime_init(Sender *sender);
 extern void realtime_reset_look(Sender *sender);
 extern void realtime_look(Sender *sender);
@@ -234,6 +236,8 @@ extern int64 realtime_next_at(const Sender *sender, int64 now);
 /* bulk.c, bulk_answers.c, bulk_done.c, sweep.c */
 extern void bulk_init(Sender *sender);
 extern void bulk_recover(Sender *sender);
+/* ... and prepared again */
+extern void bulk_withdraw(Sender *sender);
 extern bool bulk_due(const Sender *sender, int64 now);
 extern bool bulk_step(Sender *sender, int64 now);
 extern bool bulk_busy(const Sender *sender);

@@ -55,6 +55,19 @@ shape_excludes(const Shape *shape, const char *name, int len)
 	return false;
 }
 
+bool
+shape_excludes_same(const Shape *a, const Shape *b)
+{
+	if (a->nexcluded != b->nexcluded)
+		return false;
+	for (int i = 0; i < a->nexcluded; i++)
+	{
+		if (strcmp(a->excluded[i], b->excluded[i]) != 0)
+			return false;
+	}
+	return true;
+}
+
 static void
 push_name(JsonbParseState **state, const char *name, int len)
 {

@@ -25,6 +25,7 @@ typedef struct Shape
 extern int	shape_names(const char *list, char ***names);
 
 extern bool shape_excludes(const Shape *shape, const char *name, int len);
+extern bool shape_excludes_same(const Shape *a, const Shape *b);
 
 /*
  * An object's members, named with the prefix; with flatten, objects in it give

@@ -208,6 +208,17 @@ sql(q{SELECT userpilot_disable('userpilot');
 delivered($node, 'postgres');
 is_deeply($api->entity('companies', 'late')->{metadata}, { name => 'n' }, 'what is excluded later does not leave either');
 
+# ... nor what is in a job already, or marked to be called, but has not left
+$api->fault({ status => 429 }, match => { method => 'POST' }, times => undef);
+sql(q{SELECT userpilot_bulk_identify_companies('later' || i, '{"name": "n", "later": "not for others"}') FROM generate_series(1, 500) i;
+	SELECT userpilot_identify_company('latest', '{"name": "n", "later": "not for others"}')});
+until_true('the job is refused for now', sub { return sql(q{SELECT count(*) FROM userpilot_jobs WHERE status = 'prepared' AND http_status = 429}) == 1; });
+sql(q{ALTER SERVER userpilot OPTIONS (SET exclude_properties 'secret, late, later')});
+$api->no_faults;
+delivered($node, 'postgres');
+is_deeply($api->entity('companies', $_)->{metadata}, { name => 'n' }, "$_: what was excluded after it was prepared has not left")
+  for 'later1', 'later500', 'latest';
+
 is(sql('SELECT count(*) FROM userpilot_queue'), 0, 'the queue is empty');
 no_violations($api, 'sync');
 $node->stop;
