@@ -428,7 +428,7 @@ sweep_needed(const Sender *sender)
 {
 	const Bulk *bulk = &sender->bulk;
 
-	return bulk->next->entities != NULL || bulk->solo != NULL || realtime_backlogged(sender) ||
+	return bulk->solo != NULL || realtime_backlogged(sender) ||
 		queue_has_rows(sender->env->server, true);
 }
 
@@ -462,6 +462,7 @@ ahead_at(const Sender *sender, int64 now)
 
 	if (bulk->state != BULK_RUNNING || bulk->next->entities != NULL || bulk->done->job.id != 0 ||
 		bulk->plan == NULL || bulk->solo != NULL || !sender_may_send(sender) ||
+		sender->paused || bulk->lane.outages > 0 ||
 		overdue(bulk, now) || quota_job_slot_wanted(bulk->slot_application, now))
 		return PG_INT64_MAX;
 	return Max(bulk->ends_at - clock_api_ms(AHEAD_MS), bulk->lane.not_before);
@@ -507,6 +508,9 @@ bulk_step(Sender *sender, int64 now)
 
 	if (!sender_still_enabled(sender))
 		return false;
+	/* who knows when it would have its turn, and what it holds waits with it */
+	if (bulk->state != BULK_PREPARE && (bulk->state != BULK_RUNNING || overdue(bulk, now)))
+		put_back_next(sender);
 	switch (bulk->state)
 	{
 		case BULK_IDLE:
@@ -551,13 +555,9 @@ bulk_step(Sender *sender, int64 now)
 			MemoryContextSwitchTo(old);
 			return true;
 		case BULK_ASK:
-			(void) take_slot(sender);
-			return false;
 		case BULK_RUNNING:
 		case BULK_UNKNOWN:
 			(void) take_slot(sender);
-			if (overdue(bulk, now))
-				put_back_next(sender);	/* what it holds would wait for long */
 			return false;
 	}
 	return false;

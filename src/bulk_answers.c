@@ -52,6 +52,7 @@ adopt(Sender *sender, const ApiJob *job, int64 now)
 	news.submitted = true;
 	jobs_update(bulk->current->job.id, &news);
 	bulk->lost = bulk->conflicts = 0;
+	bulk->ends_at = bulk->since + bulk_expected_ms(bulk);
 	bulk_enter(bulk, BULK_RUNNING, now);
 }
 

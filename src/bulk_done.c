@@ -92,22 +92,24 @@ bulk_set_done(Sender *sender)
 	bulk->dirty = true;
 }
 
-/* Not while a job is on its way out, which is waited for; and if there are no
+/* Not until the next job is on its way, which is waited for; and if there are no
  * rows, with the sweep that finds them */
 bool
 bulk_done_due(const Sender *sender, int64 now)
 {
 	const Bulk *bulk = &sender->bulk;
-	bool		on_its_way = (bulk->state == BULK_PREPARE || bulk->state == BULK_SUBMIT) &&
-		now >= bulk->lane.not_before && sender_may_send(sender);
+	bool		waited_for = (bulk->state == BULK_PREPARE || bulk->state == BULK_SUBMIT) &&
+		!bulk->calling && now >= bulk->lane.not_before && sender_may_send(sender);
 
-	return bulk->done->job.id != 0 && !on_its_way && (bulk->done->nrows > 0 || !bulk->dirty);
+	return bulk->done->job.id != 0 && !waited_for && (bulk->done->nrows > 0 || !bulk->dirty);
 }
 
-static void
+/* Whether all were where they had been read */
+static bool
 delete_rows(const JobRow *rows, int n)
 {
 	QueueRow   *group = palloc(GROUP * sizeof(QueueRow));
+	bool		all = true;
 
 	for (int start = 0; start < n; start += GROUP)
 	{
@@ -120,9 +122,10 @@ delete_rows(const JobRow *rows, int n)
 			group[i].entity_id = rows[start + i].entity_id;
 			group[i].entity_len = strlen(rows[start + i].entity_id);
 		}
-		(void) queue_delete(group, count);
+		all &= queue_delete(group, count) == (uint64) count;
 	}
 	pfree(group);
+	return all;
 }
 
 /* In one commit with what is said of it, so that progress never falls */
@@ -136,7 +139,8 @@ bulk_delete_done(Sender *sender)
 		return;
 	if (held->entities != NULL)
 		learn(sender, held);
-	delete_rows(held->rows, held->nrows);
+	if (!delete_rows(held->rows, held->nrows))
+		bulk->dirty = sender->rt.moved = true;	/* find them again */
 	for (int i = 0; i < held->nrows; i++)
 		bulk_row_gone(sender, held->job.kind, held->rows[i].batch);
 	bulk_report_gone(sender);

@@ -21,7 +21,7 @@
 #define MAX_HEADER_BYTES (64 * 1024)
 #define MAX_CONNECT_MS 10000
 #define UPLOAD_BYTES_PER_MS 64	/* the slowest upload that is waited for */
-#define UPLOAD_BUFFER (1024 * 1024) /* a job's body should leave in few pieces */
+#define UPLOAD_BUFFER (256 * 1024)	/* a job's body should leave in few pieces */
 #define SLOWEST_BYTES 1024L		/* a second, of upload or answer */
 #define CA_CACHE_SECONDS 600L	/* how long a replaced CA file may linger */
 #define MIN_MASKED_KEY 8		/* shorter ones would mask ordinary text */
@@ -334,7 +334,11 @@ set_limits(HttpTransfer *transfer, const HttpTarget *target, const char **error)
 	CURL	   *easy = transfer->easy;
 	long		timeout_ms = Max(target->timeout_ms, 1);
 	curl_off_t	upload_ms = transfer->size / UPLOAD_BYTES_PER_MS;
+	long		stall_ms = timeout_ms;
 
+	/* TLS tells of no progress before a whole buffer has left */
+	if (transfer->size > UPLOAD_BUFFER)
+		stall_ms += UPLOAD_BUFFER / UPLOAD_BYTES_PER_MS;
 	SETOPT(easy, CURLOPT_NOSIGNAL, 1L);
 	SETOPT(easy, CURLOPT_QUICK_EXIT, 1L);
 	SETOPT(easy, CURLOPT_TCP_KEEPALIVE, 1L);
@@ -342,7 +346,7 @@ set_limits(HttpTransfer *transfer, const HttpTarget *target, const char **error)
 	SETOPT(easy, CURLOPT_TIMEOUT_MS,
 		   (long) Min(timeout_ms + upload_ms, INT_MAX));
 	SETOPT(easy, CURLOPT_LOW_SPEED_LIMIT, SLOWEST_BYTES);
-	SETOPT(easy, CURLOPT_LOW_SPEED_TIME, (timeout_ms + 999) / 1000);
+	SETOPT(easy, CURLOPT_LOW_SPEED_TIME, (stall_ms + 999) / 1000);
 	SETOPT(easy, CURLOPT_MAXFILESIZE_LARGE, (curl_off_t) HTTP_MAX_ANSWER);
 	return true;
 }

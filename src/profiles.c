@@ -481,7 +481,14 @@ profiles_invalidate(const char *server, text *kind, text *entity_id,
 					const TimestampTz *since)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"UPDATE @.userpilot_profiles p SET metadata = '{}', company_id = NULL, believed_since = NULL, versions = coalesce(("
+		/* done: acknowledged, and not to be learnt any more */
+		"WITH done AS MATERIALIZED (SELECT coalesce(pg_catalog.array_agg(j.id), '{}') AS jobs FROM @.userpilot_jobs j"
+		"  WHERE j.server OPERATOR(pg_catalog.=) $1 AND j.status OPERATOR(pg_catalog.=) 'completed'"
+		"  AND ($4 IS NULL OR j.finished_at OPERATOR(pg_catalog.>=) $4)"
+		"  AND EXISTS (SELECT FROM @.userpilot_job_chunks c WHERE c.job OPERATOR(pg_catalog.=) j.id))"
+		" UPDATE @.userpilot_profiles p SET"
+		" job = CASE WHEN p.job OPERATOR(pg_catalog.=) ANY (done.jobs) THEN NULL ELSE p.job END,"
+		" metadata = '{}', company_id = NULL, believed_since = NULL, versions = coalesce(("
 		"  SELECT pg_catalog.jsonb_agg(CASE WHEN pg_catalog.jsonb_array_length(e) OPERATOR(pg_catalog.>) 3 THEN e"
 		"   ELSE e OPERATOR(pg_catalog.||) coalesce((SELECT pg_catalog.jsonb_agg(k)"
 		"     FROM pg_catalog.jsonb_object_keys(p.metadata) k WHERE NOT EXISTS ("
@@ -489,10 +496,11 @@ profiles_invalidate(const char *server, text *kind, text *entity_id,
 		"       pg_catalog.jsonb_array_elements(v) WITH ORDINALITY AS n(name, i)"
 		"       WHERE n.i OPERATOR(pg_catalog.>) 3 AND n.name OPERATOR(pg_catalog.=) pg_catalog.to_jsonb(k))), '[]') END)"
 		"  FROM pg_catalog.jsonb_array_elements(p.versions) e), '[]')"
-		" WHERE server OPERATOR(pg_catalog.=) $1"
-		" AND ($2 IS NULL OR kind OPERATOR(pg_catalog.=) $2)"
-		" AND ($3 IS NULL OR entity_id OPERATOR(pg_catalog.=) $3)"
-		" AND ($4 IS NULL OR synced_at OPERATOR(pg_catalog.>=) $4)",
+		" FROM done WHERE p.server OPERATOR(pg_catalog.=) $1"
+		" AND ($2 IS NULL OR p.kind OPERATOR(pg_catalog.=) $2)"
+		" AND ($3 IS NULL OR p.entity_id OPERATOR(pg_catalog.=) $3)"
+		" AND ($4 IS NULL OR p.synced_at OPERATOR(pg_catalog.>=) $4"
+		"  OR p.job OPERATOR(pg_catalog.=) ANY (done.jobs))",
 		4, {TEXTOID, TEXTOID, TEXTOID, TIMESTAMPTZOID});
 	char		nulls[5] = "    ";
 	Datum		args[4];

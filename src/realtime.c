@@ -132,7 +132,7 @@ realtime_look_again(Sender *sender)
 {
 	Realtime   *rt = &sender->rt;
 
-	if (sender->bulk.done->job.id == 0 &&
+	if (sender->bulk.done->nrows == 0 &&
 		((rt->overflow && rt->rows < MAX_ROWS / 2) || rt->moved))
 	{
 		rt->moved = false;
@@ -254,8 +254,10 @@ choose(Sender *sender, Pending **chosen, int max, int64 now)
 
 	pending_recall(&sender->rt, now);
 	n = choose_from(sender, WAITING_FRESH, chosen, max, now);
-	solos = Min(max - n, solos_paid_for(sender, now));
-	return n + choose_from(sender, WAITING_SOLO, chosen + n, solos, now);
+	solos = solos_paid_for(sender, now);
+	if (solos == 0)				/* the limit may be lower than it was */
+		sender->rt.solo_at = Max(sender->rt.solo_at, now + SOLO_INTERVAL_MS);
+	return n + choose_from(sender, WAITING_SOLO, chosen + n, Min(max - n, solos), now);
 }
 
 /* What the bulk lane handed over may have been cancelled meanwhile */

@@ -68,6 +68,43 @@ is($node->safe_psql('postgres', 'SELECT userpilot_retry()'), '1', 'retried');
 $node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
 is($api->entity('companies', 'b')->{metadata}{name}, 'new', 'the older value stays away');
 
+# A job that was acknowledged, and not yet learnt when its worker died
+sub acknowledged
+{
+	my ($id) = @_;
+
+	$node->safe_psql('postgres', qq{
+		INSERT INTO userpilot_jobs (id, server, kind, format, records, bytes, status, finished_at)
+		  SELECT $id, server, kind, 'json', 1, 50, 'completed', now() - interval '1 min' FROM userpilot_profiles WHERE entity_id = 'b';
+		INSERT INTO userpilot_job_chunks (job, seq, records)
+		  VALUES ($id, 0, '{"company_id": "b", "metadata": {"name": "job $id"}}' || chr(10));
+		UPDATE userpilot_profiles SET job = $id, metadata = '{}' WHERE entity_id = 'b'});
+	return;
+}
+
+sub learnt
+{
+	$node->safe_psql('postgres', q{SELECT userpilot_enable('userpilot')});
+	until_true('a worker has dealt with it',
+		sub { return $node->safe_psql('postgres', 'SELECT count(*) FROM userpilot_job_chunks') == 0; });
+	my $known = $node->safe_psql('postgres', q{SELECT metadata ->> 'name', job FROM userpilot_profiles WHERE entity_id = 'b'});
+	$node->safe_psql('postgres', q{SELECT userpilot_disable('userpilot')});
+	until_true('the worker leaves', sub { return $node->safe_psql('postgres', 'SELECT userpilot_worker_pid() IS NULL') eq 't'; });
+	return $known;
+}
+
+$node->safe_psql('postgres', q{SELECT userpilot_disable('userpilot')});
+until_true('the worker leaves', sub { return $node->safe_psql('postgres', 'SELECT userpilot_worker_pid() IS NULL') eq 't'; });
+acknowledged(1001);
+is(learnt(), 'job 1001|', 'an acknowledged job is learnt by the next worker');
+acknowledged(1002);
+$node->safe_psql('postgres', q{SELECT userpilot_invalidate('userpilot', since => now())});
+is(learnt(), 'job 1002|', '... unless it was made unknown');
+acknowledged(1003);
+is($node->safe_psql('postgres', q{SELECT userpilot_invalidate('userpilot', since => now() - interval '2 min')}) > 0,
+	1, 'what was acknowledged since then includes it');
+is(learnt(), '|', '... and then it stays unknown');
+
 my ($rc, undef, $err) = $node->psql('postgres', "SELECT userpilot_invalidate('nosuch')");
 like($err, qr/server "nosuch" does not exist/, 'no such server');
 $node->safe_psql('postgres', 'CREATE ROLE stranger');

@@ -147,6 +147,44 @@ $job = ahead();
 put_back($job, 'the running job was short');
 all_have(6, 'after a short job all is delivered');
 
+# the first gets lost: the next need not wait until it is found
+$api->fault({ job => 'slow', factor => 2 }, match => { path => '/bulk_identify$' });
+in_units(7);
+$api->no_faults;
+$job = ahead();
+$api->fault({ status => 404 }, match => { path => '/background_jobs/.' });
+put_back($job, 'the running job is not known any more');
+all_have(7, 'after a job that got lost all is delivered');
+
+# --- rows of a running job that are elsewhere when it ends ---
+
+$api->fault({ job => 'stuck' }, match => { path => '/bulk_identify$' });
+sql(q{DO $$
+BEGIN
+	FOR i IN 1..1500 LOOP
+		PERFORM userpilot_identify_company('d' || i, '{"a": 1}');
+		IF i % 50 = 0 THEN COMMIT; END IF;
+	END LOOP;
+END $$});
+until_true(
+	'the job is all that is left',
+	sub {
+		return sql(q{SELECT (SELECT max(records) FROM userpilot_jobs WHERE finished_at IS NULL) = (SELECT count(*) FROM userpilot_queue)}) eq 't';
+	});
+$api->no_faults;
+sql(q{CREATE TEMP TABLE before AS SELECT ctid AS place, entity_id FROM userpilot_queue;
+	VACUUM FULL userpilot_queue;
+	SELECT 1 / count(*) FROM before b JOIN userpilot_queue q USING (entity_id) WHERE q.ctid <> b.place});
+$api->finish_jobs;
+my $trickle = 0;
+until_true(
+	'they are found while others come',
+	sub {
+		$trickle++;
+		sql(qq{SELECT userpilot_identify_company('trickle$trickle', '{"a": 1}')});
+		return sql(q{SELECT count(*) FROM userpilot_queue WHERE entity_id LIKE 'd%'}) == 0;
+	});
+
 # --- progress ---
 
 sql(q{SELECT userpilot_bulk_identify_companies('p' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 24000) i});
