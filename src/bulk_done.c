@@ -12,10 +12,14 @@
 #include "utils/memutils.h"
 
 #include "bulk_job.h"
+#include "clock.h"
 #include "pending.h"
 #include "sender.h"
 
 #define GROUP 1000
+
+/* What an acknowledged job said waits so long for the next to arrive (real ms) */
+#define SUBMIT_MS 1000
 
 /* One row has left the queue: less is pending than a pass has counted, of the
  * kind (bulk rows first, as nearly all are) and of the bulk SELECT */
@@ -92,14 +96,14 @@ bulk_set_done(Sender *sender)
 	bulk->dirty = true;
 }
 
-/* Not until the next job is on its way, which is waited for; and if there are no
- * rows, with the sweep that finds them */
+/* Not until the next job has arrived, which is waited for, but not for long;
+ * and if there are no rows, with the sweep that finds them */
 bool
 bulk_done_due(const Sender *sender, int64 now)
 {
 	const Bulk *bulk = &sender->bulk;
 	bool		waited_for = (bulk->state == BULK_PREPARE || bulk->state == BULK_SUBMIT) &&
-		!bulk->calling && now >= bulk->lane.not_before && sender_may_send(sender);
+		(!bulk->calling || now < bulk->call_started + clock_api_ms(SUBMIT_MS)) && now >= bulk->lane.not_before && sender_may_send(sender);
 
 	return bulk->done->job.id != 0 && !waited_for && (bulk->done->nrows > 0 || !bulk->dirty);
 }
