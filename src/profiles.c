@@ -15,6 +15,7 @@
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
 #include "utils/numeric.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
@@ -463,7 +464,11 @@ profiles_set_attempts(const char *server, Profile **profiles, int n)
 void
 profiles_lock(void)
 {
-	LockRelationOid(sql_relid("userpilot_profiles"), RowExclusiveLock);
+	Oid			profiles = sql_relid("userpilot_profiles");
+
+	/* whoever makes us wait may wait for our snapshot (known.c) */
+	InvalidateCatalogSnapshot();
+	LockRelationOid(profiles, RowExclusiveLock);
 }
 
 void

@@ -68,6 +68,25 @@ is($node->safe_psql('postgres', 'SELECT userpilot_retry()'), '1', 'retried');
 $node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
 is($api->entity('companies', 'b')->{metadata}{name}, 'new', 'the older value stays away');
 
+# While it is not committed a worker that starts waits for it; that must not be
+# taken for an older bulk SELECT that may come to an end later
+send_company('known', '{"name":"Acme"}');
+until_true('the worker leaves', sub { return $node->safe_psql('postgres', 'SELECT userpilot_worker_pid() IS NULL') eq 't'; });
+my $open = $node->background_psql('postgres');
+$open->query_safe("BEGIN; SELECT userpilot_invalidate('userpilot', 'company', 'b')");
+$node->safe_psql('postgres', q{SELECT userpilot_identify_company('wakes', '{}')});
+until_true(
+	'the worker waits',
+	sub {
+		return $node->safe_psql('postgres', q{SELECT count(*) FROM pg_locks WHERE NOT granted
+			AND relation = 'userpilot_profiles'::regclass}) > 0;
+	});
+is($open->query_safe(q{SELECT userpilot_bulk_identify_companies('known', '{"name":"Acme"}'::jsonb)}),
+	0, 'a bulk SELECT in the same transaction leaves out what Userpilot has');
+$open->query_safe('COMMIT');
+$open->quit;
+$node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
+
 # A job that was acknowledged, and not yet learnt when its worker died
 sub acknowledged
 {

@@ -214,6 +214,7 @@ sql(q{SELECT userpilot_bulk_identify_companies('later' || i, '{"name": "n", "lat
 	SELECT userpilot_identify_company('latest', '{"name": "n", "later": "not for others"}')});
 until_true('the job is refused for now', sub { return sql(q{SELECT count(*) FROM userpilot_jobs WHERE status = 'prepared' AND http_status = 429}) == 1; });
 sql(q{ALTER SERVER userpilot OPTIONS (SET exclude_properties 'secret, late, later')});
+until_true('the job is taken back', sub { return sql(q{SELECT count(*) FROM userpilot_jobs WHERE status = 'refused' AND error ~ 'excluded'}) == 1; });
 $api->no_faults;
 delivered($node, 'postgres');
 is_deeply($api->entity('companies', $_)->{metadata}, { name => 'n' }, "$_: what was excluded after it was prepared has not left")
