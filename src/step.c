@@ -6,8 +6,10 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "catalog/pg_extension.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
+#include "storage/lmgr.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -61,10 +63,13 @@ step_outside(void)
 }
 
 void
-step_begin(Oid owner)
+step_begin(Oid extension, Oid owner)
 {
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
+	/* what DROP EXTENSION locks first, so that one of us waits for the other
+	 * with nothing in hand: in a deadlock it could be the victim */
+	LockDatabaseObject(ExtensionRelationId, extension, 0, AccessShareLock);
 	GetUserIdAndSecContext(&step_user, &step_sec_context);
 	SetUserIdAndSecContext(owner, step_sec_context | SECURITY_RESTRICTED_OPERATION);
 	profiles_lock();

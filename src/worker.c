@@ -96,7 +96,7 @@ note_options_changed(Datum arg, int cacheid, uint32 hashvalue)
 static void
 begin_step(void)
 {
-	step_begin(extension_owner);
+	step_begin(extension, extension_owner);
 	reload_changed_senders();
 }
 

@@ -81,6 +81,9 @@ until_true(
 		return $node->safe_psql('postgres', q{SELECT count(*) FROM pg_locks WHERE NOT granted
 			AND relation = 'userpilot_profiles'::regclass}) > 0;
 	});
+is( $node->safe_psql('postgres', q{SELECT count(*) FROM pg_locks h JOIN pg_locks w USING (pid) WHERE h.granted AND NOT w.granted
+		AND h.classid = 'pg_extension'::regclass AND w.relation = 'userpilot_profiles'::regclass}),
+	1, 'DROP EXTENSION would wait for it with no table locked');
 is($open->query_safe(q{SELECT userpilot_bulk_identify_companies('known', '{"name":"Acme"}'::jsonb)}),
 	0, 'a bulk SELECT in the same transaction leaves out what Userpilot has');
 $open->query_safe('COMMIT');
