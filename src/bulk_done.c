@@ -103,7 +103,8 @@ bulk_done_due(const Sender *sender, int64 now)
 {
 	const Bulk *bulk = &sender->bulk;
 	bool		waited_for = (bulk->state == BULK_PREPARE || bulk->state == BULK_SUBMIT) &&
-		(!bulk->calling || now < bulk->call_started + clock_api_ms(SUBMIT_MS)) && now >= bulk->lane.not_before && sender_may_send(sender);
+		(!bulk->calling || now < bulk->call_started + clock_api_ms(SUBMIT_MS)) &&
+		now >= bulk->lane.not_before && sender_may_send(sender);
 
 	return bulk->done->job.id != 0 && !waited_for && (bulk->done->nrows > 0 || !bulk->dirty);
 }

@@ -236,7 +236,7 @@ extern int64 realtime_next_at(const Sender *sender, int64 now);
 /* bulk.c, bulk_answers.c, bulk_done.c, sweep.c */
 extern void bulk_init(Sender *sender);
 extern void bulk_recover(Sender *sender);
-/* ... and prepared again */
+/* What is prepared and has not left is to be prepared again */
 extern void bulk_withdraw(Sender *sender);
 extern bool bulk_due(const Sender *sender, int64 now);
 extern bool bulk_step(Sender *sender, int64 now);
