@@ -187,9 +187,8 @@ bulk_changed(Sender *sender)
 
 /* -------------------------------------------------------- ends of a job */
 
-/* A job that never left is no more: what it holds is free */
-static void
-put_back(Sender *sender, const Job *job)
+void
+bulk_put_back(Sender *sender, const Job *job)
 {
 	profiles_release_job(sender->env->server, job->kind, job->id, true);
 	jobs_drop_chunks(job->id);
@@ -204,7 +203,7 @@ put_back_next(Sender *sender)
 
 	if (next->entities == NULL)
 		return;
-	put_back(sender, &next->job);
+	bulk_put_back(sender, &next->job);
 	held_job_clear(next);
 }
 
@@ -250,7 +249,6 @@ bulk_dissolved(Sender *sender, const char *error)
 	jobs_update(bulk->current->job.id, &news);
 	profiles_release_job(sender->env->server, bulk->current->job.kind, bulk->current->job.id, false);
 	move_to_solo(bulk);
-	put_back_next(sender);		/* those that travel alone need not wait for it */
 	bulk->dirty = true;
 	sender_error(sender, psprintf("job " INT64_FORMAT " is sent record by record: %s",
 								  bulk->current->job.id, error));
@@ -339,75 +337,6 @@ bulk_never_arrived(Sender *sender)
 	bulk_refused(sender, "no proper answer came, and Userpilot runs no such job", false);
 	bulk->since = clock_now();
 	bulk_enter(bulk, BULK_ASK, 0);
-}
-
-/* -------------------------------------------------------------- recovery */
-
-static void
-recover_ids(const Job *job, entities_hash **to, MemoryContext context)
-{
-	int			n;
-	MemoryContext old = MemoryContextSwitchTo(context);
-	char	  **ids = jobs_entity_ids(job, &n);
-
-	if (*to == NULL)
-		*to = entities_create(context, n, NULL);
-	for (int i = 0; i < n; i++)
-	{
-		EntityKey	key = {job->kind, strlen(ids[i]), ids[i]};
-		bool		found;
-
-		(void) entities_insert(*to, key, &found);
-	}
-	MemoryContextSwitchTo(old);
-}
-
-/* It goes on where it was; where its rows are nobody knows any more */
-static void
-recover_job(Sender *sender, const Job *job)
-{
-	Bulk	   *bulk = &sender->bulk;
-	HeldJob    *held = bulk->current;
-	MemoryContext old = MemoryContextSwitchTo(held->context);
-
-	held->job = *job;
-	held->job.filename = job->filename ? pstrdup(job->filename) : NULL;
-	held->job.job_id = job->job_id ? pstrdup(job->job_id) : NULL;
-	held->unsure = true;
-	MemoryContextSwitchTo(old);
-	recover_ids(job, &held->entities, held->context);
-	bulk->since = bulk->ends_at = clock_now();
-	if (strcmp(job->status, JOB_PREPARED) == 0 || strcmp(job->status, JOB_UNKNOWN) == 0 ||
-		job->job_id == NULL)
-		bulk_enter(bulk, BULK_UNKNOWN, 0);
-	else
-		bulk_enter(bulk, BULK_RUNNING, 0);
-}
-
-/* What an earlier worker left: jobs that had not left, are under way,
- * acknowledged, or dissolved */
-void
-bulk_recover(Sender *sender)
-{
-	Bulk	   *bulk = &sender->bulk;
-	Job		   *jobs;
-	int			n = jobs_unfinished(sender->env->server, &jobs);
-
-	for (int i = 0; i < n; i++)
-	{
-		if (strcmp(jobs[i].status, JOB_PREPARED) == 0 && jobs[i].attempts == 0)
-			put_back(sender, &jobs[i]);
-		else if (!jobs[i].finished)
-			recover_job(sender, &jobs[i]);
-		else if (strcmp(jobs[i].status, JOB_DISSOLVED) == 0)
-			recover_ids(&jobs[i], &bulk->solo, bulk->solo_context);
-		else
-		{
-			if (strcmp(jobs[i].status, JOB_COMPLETED) == 0)
-				profiles_learn_job(sender->env->server, jobs[i].kind, jobs[i].id);
-			jobs_drop_chunks(jobs[i].id);
-		}
-	}
 }
 
 /* -------------------------------------------------------------- schedule */

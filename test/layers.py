@@ -36,7 +36,7 @@ LAYERS = [
     # the lanes of one server
     [["step"],
      ["sender", "realtime", "realtime_answers", "pending", "bulk", "bulk_job", "bulk_answers",
-      "bulk_done", "held_job", "sweep", "plan", "share", "job_writer"]],
+      "bulk_done", "bulk_recover", "held_job", "sweep", "plan", "share", "job_writer"]],
     # entry points
     [["worker"], ["functions"], ["aggregates"], ["triggers"],
      ["sync"], ["procedures"]],

@@ -39,6 +39,20 @@ sub job_runs
 	return sql(q{SELECT count(*) FROM userpilot_jobs WHERE finished_at IS NULL AND submitted_at IS NOT NULL}) > 0;
 }
 
+# Real-time changes, fifty a transaction
+sub one_by_one
+{
+	my ($kind, $prefix, $n) = @_;
+
+	return sql(qq{DO \$\$
+		BEGIN
+			FOR i IN 1..$n LOOP
+				PERFORM userpilot_identify_$kind('$prefix' || i, '{"a": 1}');
+				IF i % 50 = 0 THEN COMMIT; END IF;
+			END LOOP;
+		END \$\$});
+}
+
 create_environment($node, 'postgres', $api);
 
 # --- a bulk row is judged with the direct changes it saw ---
@@ -159,13 +173,7 @@ all_have(7, 'after a job that got lost all is delivered');
 # --- rows of a running job that are elsewhere when it ends ---
 
 $api->fault({ job => 'stuck' }, match => { path => '/bulk_identify$' });
-sql(q{DO $$
-BEGIN
-	FOR i IN 1..1500 LOOP
-		PERFORM userpilot_identify_company('d' || i, '{"a": 1}');
-		IF i % 50 = 0 THEN COMMIT; END IF;
-	END LOOP;
-END $$});
+one_by_one('company', 'd', 1500);
 until_true(
 	'the job is all that is left',
 	sub {
@@ -208,17 +216,8 @@ is("@fell", '', '... and never fell');
 $node->safe_psql('postgres', 'CREATE DATABASE second');
 create_environment($node, 'second', $api, server => 'other');
 $api->pause;
-sql(q{DO $$
-BEGIN
-	FOR i IN 1..300 LOOP
-		PERFORM userpilot_identify_company('k' || i, '{"a": 1}');
-		IF i % 50 = 0 THEN COMMIT; END IF;
-	END LOOP;
-	FOR i IN 1..300 LOOP
-		PERFORM userpilot_identify_user('u' || i, '{"a": 1}');
-		IF i % 50 = 0 THEN COMMIT; END IF;
-	END LOOP;
-END $$});
+one_by_one('company', 'k', 300);
+one_by_one('user', 'u', 300);
 sql(q{SET userpilot.server = 'other';
 	SELECT userpilot_bulk_identify_companies('o' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 50) i}, 'second');
 $api->go_on;
