@@ -37,6 +37,13 @@
 	ExecInsertIndexTuples((rri), (slot), (estate), false, false, NULL, NIL)
 #endif
 
+/* 16 tells which of several tables a trigger's row is of */
+#if PG_VERSION_NUM >= 160000
+#define compat_eval_plan_qual_init(epq, estate) EvalPlanQualInit((epq), (estate), NULL, NIL, -1, NIL)
+#else
+#define compat_eval_plan_qual_init(epq, estate) EvalPlanQualInit((epq), (estate), NULL, NIL, -1)
+#endif
+
 /* 16 folded the per-catalog ownership and privilege checks into one each */
 #if PG_VERSION_NUM >= 160000
 #define compat_server_ownercheck(serverid, roleid) \

@@ -151,10 +151,22 @@ environment_schema(void)
 bool
 environment_is_ours(Oid fdwid)
 {
-	Oid			extension = get_extension_oid(EXTENSION_NAME, true);
+	static Oid	ours = InvalidOid;
+	static uint64 ours_generation = 0;
+	uint64		at;
+	Oid			extension;
 
-	return OidIsValid(extension) &&
-		getExtensionOfObject(ForeignDataWrapperRelationId, fdwid) == extension;
+	watch_catalogs();
+	if (ours == fdwid && ours_generation == generation)
+		return true;
+	at = generation;
+	extension = get_extension_oid(EXTENSION_NAME, true);
+	if (!OidIsValid(extension) ||
+		getExtensionOfObject(ForeignDataWrapperRelationId, fdwid) != extension)
+		return false;
+	ours = fdwid;
+	ours_generation = at;
+	return true;
 }
 
 void

@@ -10,6 +10,8 @@
  */
 #include "postgres.h"
 
+#include "access/table.h"
+#include "access/tableam.h"
 #include "access/xlog.h"
 #include "catalog/pg_foreign_server.h"
 #include "catalog/pg_type.h"
@@ -19,6 +21,7 @@
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
+#include "utils/snapmgr.h"
 
 #include "compat.h"
 #include "environment.h"
@@ -38,35 +41,52 @@ typedef struct EnabledRow
 PG_FUNCTION_INFO_V1(userpilot_enable);
 PG_FUNCTION_INFO_V1(userpilot_disable);
 
-/* All rows of userpilot_enabled: list of EnabledRow */
+enum
+{
+	ENABLED_SERVER,
+	ENABLED_SERVER_OID,
+	ENABLED_SYSTEM,
+	ENABLED_DATABASE,
+	ENABLED_AT,
+	ENABLED_BY,
+	ENABLED_NCOLUMNS
+};
+
+static const SqlColumn columns[ENABLED_NCOLUMNS] = {
+	{"server", TEXTOID}, {"server_oid", OIDOID}, {"system_identifier", INT8OID},
+	{"database", OIDOID}, {"enabled_at", TIMESTAMPTZOID}, {"by", TEXTOID}
+};
+
+/*
+ * All rows of userpilot_enabled: list of EnabledRow.  Of this very moment, and
+ * without a statement: every call asks first.
+ */
 static List *
 read_enabled(void)
 {
-	static SqlStatement statement =
-	SQL_STATEMENT("SELECT server, system_identifier, database, server_oid"
-				  " FROM @.userpilot_enabled ORDER BY server", 0, {0});
-	SqlCaller	saved;
+	Relation	rel = table_open(sql_relid("userpilot_enabled"), AccessShareLock);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
+	TableScanDesc scan = table_beginscan(rel, snapshot, 0, NULL);
 	List	   *rows = NIL;
-	int			n;
 
-	sql_become_owner(&saved);
-	n = sql_execute(&statement, NULL, NULL, false);
-	for (int i = 0; i < n; i++)
+	sql_check_columns(rel, columns, ENABLED_NCOLUMNS);
+	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
 	{
-		HeapTuple	tuple = SPI_tuptable->vals[i];
-		TupleDesc	desc = SPI_tuptable->tupdesc;
 		EnabledRow *row = palloc(sizeof(EnabledRow));
-		bool		isnull;
-		int64		system = DatumGetInt64(SPI_getbinval(tuple, desc, 2, &isnull));
-		Oid			database = DatumGetObjectId(SPI_getbinval(tuple, desc, 3, &isnull));
 
-		row->server = SPI_getvalue(tuple, desc, 1);
-		row->serverid = DatumGetObjectId(SPI_getbinval(tuple, desc, 4, &isnull));
-		row->here = system == (int64) GetSystemIdentifier() &&
-			database == MyDatabaseId;
+		slot_getallattrs(slot);
+		row->server = TextDatumGetCString(slot->tts_values[ENABLED_SERVER]);
+		row->serverid = DatumGetObjectId(slot->tts_values[ENABLED_SERVER_OID]);
+		row->here =
+			DatumGetInt64(slot->tts_values[ENABLED_SYSTEM]) == (int64) GetSystemIdentifier() &&
+			DatumGetObjectId(slot->tts_values[ENABLED_DATABASE]) == MyDatabaseId;
 		rows = lappend(rows, row);
 	}
-	sql_become_caller(&saved);
+	table_endscan(scan);
+	UnregisterSnapshot(snapshot);
+	ExecDropSingleTupleTableSlot(slot);
+	table_close(rel, NoLock);
 	return rows;
 }
 

@@ -39,7 +39,7 @@
 
 #include "compat.h"
 #include "known.h"
-#include "profiles.h"
+#include "profiles_table.h"
 #include "queue_table.h"
 #include "sql.h"
 
@@ -66,26 +66,6 @@ typedef struct UnderWay
 #define SH_DEFINE
 #include "lib/simplehash.h"
 
-/* Columns of userpilot_profiles, by name */
-typedef enum ProfileColumn
-{
-	COLUMN_COMPANY,
-	COLUMN_METADATA,
-	COLUMN_ATTEMPTS,
-	COLUMN_SYNCED,
-	COLUMN_BELIEVED,
-	COLUMN_JOB,
-	COLUMN_SERVER,
-	COLUMN_KIND,
-	COLUMN_ENTITY,
-	NCOLUMNS
-} ProfileColumn;
-
-static const char *const column_names[NCOLUMNS] = {
-	"company_id", "metadata", "attempts", "synced_at", "believed_since", "job",
-	"server", "kind", "entity_id"
-};
-
 struct Known
 {
 	text	   *server;
@@ -94,7 +74,6 @@ struct Known
 	underway_hash *underway;
 	bool		underway_read;	/* what was under way at first is in it */
 	bool		all_underway;	/* too many to remember */
-	AttrNumber	columns[NCOLUMNS];
 };
 
 /* -------------------------------------------------------- may it be done */
@@ -210,21 +189,11 @@ Known *
 known_open(const EnvironmentRef *server, UserpilotKind kind)
 {
 	Known	   *known = palloc0(sizeof(Known));
-	Oid			profiles = sql_relid("userpilot_profiles");
 
 	known->server = server->name;
 	known->kind = kind;
 	known->refresh_after = server->refresh_after;
 	known->underway = underway_create(CurrentMemoryContext, 256, NULL);
-	for (int i = 0; i < NCOLUMNS; i++)
-	{
-		known->columns[i] = get_attnum(profiles, column_names[i]);
-		if (known->columns[i] == InvalidAttrNumber)
-			ereport(ERROR,
-					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-					 errmsg("userpilot_profiles has no column \"%s\"", column_names[i]),
-					 errhint("Update the extension with ALTER EXTENSION userpilot UPDATE, or reconnect if the library is older.")));
-	}
 	return known;
 }
 
@@ -315,32 +284,24 @@ judge(const Known *known, const QueueChange *change, TupleTableSlot *slot, Times
 {
 	EntityKey	key = {known->kind, VARSIZE_ANY_EXHDR(change->entity_id),
 	VARDATA_ANY(change->entity_id)};
-	Datum		d[NCOLUMNS];
-	bool		isnull[NCOLUMNS];
+	const Datum *d = slot->tts_values;
+	const bool *isnull = slot->tts_isnull;
 	Jsonb	   *metadata;
 	bool		same;
 
-	for (int i = 0; i < NCOLUMNS; i++)
-		d[i] = slot_getattr(slot, known->columns[i], &isnull[i]);
-	if (isnull[COLUMN_SYNCED])
+	slot_getallattrs(slot);
+	if (isnull[PROFILE_SYNCED])
 		return KNOWN_NEW;
-	if (!isnull[COLUMN_JOB] || DatumGetInt32(d[COLUMN_ATTEMPTS]) > 0 ||
-		(!isnull[COLUMN_BELIEVED] &&
-		 profiles_expired(key, DatumGetTimestampTz(d[COLUMN_BELIEVED]), known->refresh_after, now)) ||
-		!same_company(change, d[COLUMN_COMPANY], isnull[COLUMN_COMPANY]))
+	if (!isnull[PROFILE_JOB] || DatumGetInt32(d[PROFILE_ATTEMPTS]) > 0 ||
+		(!isnull[PROFILE_BELIEVED] &&
+		 profiles_expired(key, DatumGetTimestampTz(d[PROFILE_BELIEVED]), known->refresh_after, now)) ||
+		!same_company(change, d[PROFILE_COMPANY], isnull[PROFILE_COMPANY]))
 		return KNOWN_CHANGED;
-	metadata = DatumGetJsonbP(d[COLUMN_METADATA]);
+	metadata = DatumGetJsonbP(d[PROFILE_METADATA]);
 	same = contained(change->metadata, metadata);
-	if ((Pointer) metadata != DatumGetPointer(d[COLUMN_METADATA]))
+	if ((Pointer) metadata != DatumGetPointer(d[PROFILE_METADATA]))
 		pfree(metadata);
 	return same ? KNOWN_UNCHANGED : KNOWN_CHANGED;
-}
-
-static void
-text_key(ScanKey key, AttrNumber attribute, text *value)
-{
-	ScanKeyEntryInitialize(key, 0, attribute, BTEqualStrategyNumber, InvalidOid,
-						   C_COLLATION_OID, F_TEXTEQ, PointerGetDatum(value));
 }
 
 /*
@@ -360,11 +321,11 @@ is_next(const Known *known, IndexScanDesc scan, ItemPointer next, const QueueCha
 	if (!ItemPointerIsValid(next) ||
 		!table_index_fetch_tuple(scan->xs_heapfetch, &tid, scan->xs_snapshot, slot, &again, &dead))
 		return false;
-	return text_is(slot_getattr(slot, known->columns[COLUMN_ENTITY], &isnull),
+	return text_is(slot_getattr(slot, PROFILE_ENTITY + 1, &isnull),
 				   VARDATA_ANY(change->entity_id), VARSIZE_ANY_EXHDR(change->entity_id)) &&
-		text_is(slot_getattr(slot, known->columns[COLUMN_KIND], &isnull),
+		text_is(slot_getattr(slot, PROFILE_KIND + 1, &isnull),
 				userpilot_kind_name(known->kind), strlen(userpilot_kind_name(known->kind))) &&
-		text_is(slot_getattr(slot, known->columns[COLUMN_SERVER], &isnull),
+		text_is(slot_getattr(slot, PROFILE_SERVER + 1, &isnull),
 				VARDATA_ANY(known->server), VARSIZE_ANY_EXHDR(known->server));
 }
 
@@ -378,7 +339,7 @@ find_profile(const Known *known, IndexScanDesc scan, ScanKey keys, ItemPointer n
 	if (!found)
 	{
 		ItemPointerSetInvalid(next);
-		index_rescan(scan, keys, 3, NULL, 0);
+		index_rescan(scan, keys, PROFILE_NKEYS, NULL, 0);
 		while (!found && (tid = index_getnext_tid(scan, ForwardScanDirection)) != NULL)
 		{
 			*next = *tid;
@@ -397,18 +358,19 @@ known_judge(Known *known, const QueueChange *changes, int n, KnownVerdict *verdi
 	Relation	index = index_open(sql_relid("userpilot_profiles_pkey"), AccessShareLock);
 	TupleTableSlot *slot = table_slot_create(rel, NULL);
 	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
-	IndexScanDesc scan = compat_index_beginscan(rel, index, snapshot, 3);
+	IndexScanDesc scan = compat_index_beginscan(rel, index, snapshot, PROFILE_NKEYS);
 	TimestampTz now = GetCurrentTimestamp();
-	ScanKeyData keys[3];
+	ScanKeyData keys[PROFILE_NKEYS];
 	ItemPointerData next;
 
+	profiles_check_shape(rel);
 	ItemPointerSetInvalid(&next);
-	text_key(&keys[1], 2, queue_kind_text(known->kind));
-	text_key(&keys[2], 3, known->server);
+	profiles_key(keys, PROFILE_KEY_KIND, queue_kind_text(known->kind));
+	profiles_key(keys, PROFILE_KEY_SERVER, known->server);
 	for (int i = 0; i < n; i++)
 	{
 		CHECK_FOR_INTERRUPTS();
-		text_key(&keys[0], 1, changes[i].entity_id);
+		profiles_key(keys, PROFILE_KEY_ENTITY, changes[i].entity_id);
 		verdicts[i] = KNOWN_NEW;
 		if (find_profile(known, scan, keys, &next, &changes[i], slot))
 			verdicts[i] = judge(known, &changes[i], slot, now);

@@ -189,7 +189,7 @@ pending_add(Realtime *rt, const QueueRow *row)
 
 	if (pending == NULL)
 		pending = pending_create(rt, key);
-	else if (rt->snapshot == 0 && pending_has(pending, row))
+	else if (rt->seen == NULL && pending_has(pending, row))
 		return pending;			/* a look at all met one that had stayed */
 
 	old = MemoryContextSwitchTo(pending->context);

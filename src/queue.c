@@ -43,11 +43,7 @@
 /* A transaction's first rows are real time, what follows is bulk */
 #define REALTIME_ROWS 100
 
-static const struct
-{
-	const char *name;
-	Oid			type;
-}			columns[QUEUE_NCOLUMNS] = {
+static const SqlColumn columns[QUEUE_NCOLUMNS] = {
 	{"lsn", PG_LSNOID}, {"xid", XID8OID}, {"enqueued_at", TIMESTAMPTZOID},
 	{"batch", INT8OID}, {"bulk", BOOLOID}, {"server", TEXTOID},
 	{"kind", TEXTOID}, {"entity_id", TEXTOID}, {"company_id", TEXTOID},
@@ -72,23 +68,7 @@ static CommandId queued_in[USERPILOT_KINDS] = {InvalidCommandId, InvalidCommandI
 void
 queue_check_shape(Relation rel)
 {
-	TupleDesc	desc = RelationGetDescr(rel);
-	bool		good = desc->natts == QUEUE_NCOLUMNS;
-
-	for (int i = 0; good && i < desc->natts; i++)
-	{
-		Form_pg_attribute att = TupleDescAttr(desc, i);
-
-		good = !att->attisdropped && att->atttypid == columns[i].type &&
-			strcmp(NameStr(att->attname), columns[i].name) == 0;
-	}
-	if (!good)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("table %s is not what this version of userpilot expects",
-						quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
-												   RelationGetRelationName(rel))),
-				 errhint("Update the extension with ALTER EXTENSION userpilot UPDATE, or reconnect if the library is older.")));
+	sql_check_columns(rel, columns, QUEUE_NCOLUMNS);
 }
 
 static void
@@ -109,9 +89,8 @@ close_queue(void)
 	CurrentResourceOwner = owner;
 }
 
-/* Whether an index's predicate is "NOT bulk", as userpilot_queue_look's is */
-static bool
-is_not_bulk(List *predicate)
+bool
+queue_is_not_bulk(List *predicate)
 {
 	Node	   *node = list_length(predicate) == 1 ? linitial(predicate) : NULL;
 
@@ -144,7 +123,7 @@ open_for_insert(void)
 	InitResultRelInfo(opening.rri, opening.rel, 1, NULL, 0);
 	ExecOpenIndices(opening.rri, false);
 	opening.only_look = opening.rri->ri_NumIndices == 1 &&
-		is_not_bulk(opening.rri->ri_IndexRelationInfo[0]->ii_Predicate);
+		queue_is_not_bulk(opening.rri->ri_IndexRelationInfo[0]->ii_Predicate);
 	/* we know which rows it is for: no need to prepare the predicate each time */
 	if (opening.only_look)
 		opening.rri->ri_IndexRelationInfo[0]->ii_Predicate = NIL;

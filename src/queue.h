@@ -2,8 +2,8 @@
  * queue.h
  *	  userpilot_queue, userpilot_batches and userpilot_dead_letters.
  *
- * queue.c writes in the callers' transactions; queue_read.c is the worker's
- * side.
+ * queue.c writes in the callers' transactions; queue_look.c and queue_read.c
+ * are the worker's side.
  */
 #ifndef USERPILOT_QUEUE_H
 #define USERPILOT_QUEUE_H
@@ -60,7 +60,7 @@ extern bool queue_in_command(UserpilotKind kind);
 /* The transaction callbacks, from _PG_init */
 extern void queue_register(void);
 
-/* --- worker (queue_read.c) --- */
+/* --- worker (queue_look.c, queue_read.c) --- */
 
 /* A row as the worker reads it; lives as long as the handler's call */
 typedef struct QueueRow
@@ -81,12 +81,20 @@ typedef struct QueueRow
 
 typedef void (*QueueRowHandler) (const QueueRow *row, void *arg);
 
+/* What a look has seen: transactions before the end but those that were open */
+typedef struct QueueSeen
+{
+	uint64		end;
+	int			nopen;
+	uint64		open[FLEXIBLE_ARRAY_MEMBER];
+} QueueSeen;
+
 /*
- * The look: real-time rows of a server that became visible since the
- * previous look, ordered by lsn; all of them if *snapshot is NULL.  Replaces
- * *snapshot (in CurrentMemoryContext).  At most limit rows; returns how many.
+ * The look: real-time rows of a server that became visible since an earlier
+ * one, or all of them (*seen is NULL), in the order of their transactions; at
+ * most limit.  Replaces *seen, in context.
  */
-extern int	queue_look(const char *server, Datum *snapshot, int limit,
+extern void queue_look(const char *server, QueueSeen **seen, MemoryContext context, int limit,
 					   QueueRowHandler handler, void *arg);
 
 /*

@@ -1,6 +1,6 @@
 /*
  * queue_read.c
- *	  The worker's side of the queue: look, sweep, delete, bury.
+ *	  The worker's side of the queue: sweep, delete, bury.
  *
  * Everything here runs inside one of the worker's short transactions, with
  * SPI connected and a snapshot pushed.
@@ -39,78 +39,7 @@ kind_of(const char *str, int len)
 	return len == 7 && memcmp(str, "company", 7) == 0 ? USERPILOT_COMPANY : USERPILOT_USER;
 }
 
-/* ------------------------------------------------------------- the look */
-
-#define LOOK_COLUMNS "ctid, lsn, xid, batch, bulk, enqueued_at, kind, entity_id, company_id, metadata"
-
-/* $1 server, $2 limit, $3 previous snapshot */
-static const char *const look_all =
-"SELECT " LOOK_COLUMNS " FROM @.userpilot_queue"
-" WHERE NOT bulk AND server = $1 ORDER BY lsn, ctid LIMIT $2";
-
-/*
- * Two branches, because one OR plans as a full scan: what began since, and
- * what was in progress then.
- */
-static const char *const look_new =
-"SELECT " LOOK_COLUMNS " FROM @.userpilot_queue"
-" WHERE NOT bulk AND server = $1 AND xid >= pg_catalog.pg_snapshot_xmax($3)"
-" UNION ALL "
-"SELECT " LOOK_COLUMNS " FROM @.userpilot_queue"
-" WHERE NOT bulk AND server = $1 AND xid < pg_catalog.pg_snapshot_xmax($3)"
-" AND xid = ANY (ARRAY(SELECT pg_catalog.pg_snapshot_xip($3)))"
-" ORDER BY lsn, ctid LIMIT $2";
-
-static void
-read_spi_row(HeapTuple tuple, TupleDesc desc, QueueRow *row)
-{
-	bool		isnull;
-	Datum		d;
-
-	row->tid = *(ItemPointer) DatumGetPointer(SPI_getbinval(tuple, desc, 1, &isnull));
-	row->lsn = DatumGetLSN(SPI_getbinval(tuple, desc, 2, &isnull));
-	row->xid = U64FromFullTransactionId(DatumGetFullTransactionId(SPI_getbinval(tuple, desc, 3, &isnull)));
-	d = SPI_getbinval(tuple, desc, 4, &isnull);
-	row->batch = isnull ? 0 : DatumGetInt64(d);
-	row->bulk = DatumGetBool(SPI_getbinval(tuple, desc, 5, &isnull));
-	row->enqueued_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 6, &isnull));
-	d = SPI_getbinval(tuple, desc, 7, &isnull);
-	row->kind = kind_of(VARDATA_ANY(DatumGetPointer(d)), VARSIZE_ANY_EXHDR(DatumGetPointer(d)));
-	row->entity_id = TextDatumGetCString(SPI_getbinval(tuple, desc, 8, &isnull));
-	row->entity_len = strlen(row->entity_id);
-	d = SPI_getbinval(tuple, desc, 9, &isnull);
-	row->company_id = isnull ? NULL : TextDatumGetCString(d);
-	row->company_len = isnull ? 0 : (int) strlen(row->company_id);
-	row->metadata = (Jsonb *) DatumGetPointer(SPI_getbinval(tuple, desc, 10, &isnull));
-}
-
-int
-queue_look(const char *server, Datum *snapshot, int limit,
-		   QueueRowHandler handler, void *arg)
-{
-	static SqlStatement all = SQL_STATEMENT(look_all, 2, {TEXTOID, INT8OID});
-	static SqlStatement since = SQL_STATEMENT(look_new, 3, {TEXTOID, INT8OID, PG_SNAPSHOTOID});
-	Datum		args[3];
-	Datum		now = OidFunctionCall0(F_PG_CURRENT_SNAPSHOT);
-	int			n;
-
-	args[0] = CStringGetTextDatum(server);
-	args[1] = Int64GetDatum(limit);
-	args[2] = *snapshot;
-	n = sql_execute(*snapshot ? &since : &all, args, NULL, true);
-	for (int i = 0; i < n; i++)
-	{
-		QueueRow	row;
-
-		read_spi_row(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, &row);
-		handler(&row, arg);
-	}
-	SPI_freetuptable(SPI_tuptable);
-	*snapshot = now;
-	return n;
-}
-
-/* ------------------------------------------------------------ the sweep */
+/* ----------------------------------------------------------------- rows */
 
 static void
 read_slot_row(TupleTableSlot *slot, QueueRow *row)
@@ -147,15 +76,17 @@ is_server(TupleTableSlot *slot, const char *server, int len)
 	return VARSIZE_ANY_EXHDR(text) == (Size) len && memcmp(VARDATA_ANY(text), server, len) == 0;
 }
 
-static void
-handle_slot(TupleTableSlot *slot, const char *server, int server_len,
+bool
+queue_handle_slot(TupleTableSlot *slot, const char *server, int server_len,
 			MemoryContext per_row, QueueRowHandler handler, void *arg)
 {
 	MemoryContext old = MemoryContextSwitchTo(per_row);
 	QueueRow	row;
+	bool		ours;
 
 	slot_getallattrs(slot);
-	if (is_server(slot, server, server_len))
+	ours = is_server(slot, server, server_len);
+	if (ours)
 	{
 		read_slot_row(slot, &row);
 		MemoryContextSwitchTo(old);
@@ -163,7 +94,10 @@ handle_slot(TupleTableSlot *slot, const char *server, int server_len,
 	}
 	MemoryContextSwitchTo(old);
 	MemoryContextReset(per_row);
+	return ours;
 }
+
+/* ------------------------------------------------------------ the sweep */
 
 /*
  * Rows of blocks [from, to); nblocks is all of them, which are read as a
@@ -191,7 +125,7 @@ sweep_range(Relation rel, BlockNumber from, BlockNumber to, BlockNumber nblocks,
 		   table_scan_getnextslot_tidrange(scan, ForwardScanDirection, slot))
 	{
 		CHECK_FOR_INTERRUPTS();
-		handle_slot(slot, server, server_len, per_row, handler, arg);
+		(void) queue_handle_slot(slot, server, server_len, per_row, handler, arg);
 	}
 	table_endscan(scan);
 	ExecDropSingleTupleTableSlot(slot);
@@ -264,7 +198,7 @@ queue_visit(const char *server, const QueueView *view, const ItemPointerData *ti
 										   GetActiveSnapshot(), slot))
 			continue;
 		if (seen_in(view, slot))
-			handle_slot(slot, server, server_len, per_row, handler, arg);
+			(void) queue_handle_slot(slot, server, server_len, per_row, handler, arg);
 		ExecClearTuple(slot);
 	}
 	ExecDropSingleTupleTableSlot(slot);

@@ -88,9 +88,9 @@ realtime_reset_look(Sender *sender)
 				pending_free(rt, pending);
 		}
 	}
-	if (rt->snapshot)
-		pfree(DatumGetPointer(rt->snapshot));
-	rt->snapshot = (Datum) 0;
+	if (rt->seen)
+		pfree(rt->seen);
+	rt->seen = NULL;
 	rt->overflow = false;
 	rt->denied_until = 0;
 }
@@ -112,15 +112,8 @@ void
 realtime_look(Sender *sender)
 {
 	Realtime   *rt = &sender->rt;
-	Datum		snapshot = rt->snapshot;
-	MemoryContext old;
 
-	(void) queue_look(sender->env->server, &snapshot, MAX_ROWS + 1, look_row, rt);
-	if (rt->snapshot)
-		pfree(DatumGetPointer(rt->snapshot));
-	old = MemoryContextSwitchTo(rt->context);
-	rt->snapshot = datumCopy(snapshot, false, -1);
-	MemoryContextSwitchTo(old);
+	queue_look(sender->env->server, &rt->seen, rt->context, MAX_ROWS + 1, look_row, rt);
 	if (realtime_backlogged(sender))
 		sender->bulk.dirty = true;
 }

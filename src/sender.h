@@ -89,7 +89,7 @@ typedef struct Realtime
 	int			ncalling;
 	int			rows;			/* of all pending entities */
 	int			solos;
-	Datum		snapshot;		/* of the last look, 0: none yet */
+	QueueSeen  *seen;			/* by the last look, NULL: none yet */
 	bool		overflow;		/* more is queued than fits */
 	bool		moved;			/* rows were not where they had been read */
 	int64		denied_until;	/* the limit on calls lets nothing go before */

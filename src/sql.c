@@ -1,6 +1,7 @@
 /*
  * sql.c
- *	  Statements of the tables' modules: planned once, kept, parameterised.
+ *	  What the tables' modules share: statements, planned once, kept and
+ *	  parameterised; tables as they are known; acting as their owner.
  */
 #include "postgres.h"
 
@@ -9,6 +10,7 @@
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
+#include "utils/rel.h"
 
 #include "environment.h"
 #include "sql.h"
@@ -62,6 +64,28 @@ sql_relid(const char *name)
 				 errmsg("table %s of extension userpilot is missing", name),
 				 errhint("DROP EXTENSION userpilot; CREATE EXTENSION userpilot;")));
 	return relid;
+}
+
+void
+sql_check_columns(Relation rel, const SqlColumn *columns, int n)
+{
+	TupleDesc	desc = RelationGetDescr(rel);
+	bool		good = desc->natts == n;
+
+	for (int i = 0; good && i < n; i++)
+	{
+		Form_pg_attribute att = TupleDescAttr(desc, i);
+
+		good = !att->attisdropped && att->atttypid == columns[i].type &&
+			strcmp(NameStr(att->attname), columns[i].name) == 0;
+	}
+	if (!good)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table %s is not what this version of userpilot expects",
+						quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
+												   RelationGetRelationName(rel))),
+				 errhint("Update the extension with ALTER EXTENSION userpilot UPDATE, or reconnect if the library is older.")));
 }
 
 int

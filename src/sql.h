@@ -6,6 +6,7 @@
 #define USERPILOT_SQL_H
 
 #include "executor/spi.h"
+#include "utils/relcache.h"
 
 #define SQL_MAX_ARGS 16
 
@@ -23,6 +24,16 @@ typedef struct SqlStatement
 
 /* An extension table's Oid by name; raises if it is missing */
 extern Oid	sql_relid(const char *name);
+
+/* A table that is read or written without a statement must be as it is known */
+typedef struct SqlColumn
+{
+	const char *name;
+	Oid			type;
+} SqlColumn;
+
+/* Raises unless it has exactly these columns */
+extern void sql_check_columns(Relation rel, const SqlColumn *columns, int n);
 
 /* SPI_connect, but the caller's memory context stays: what is read may live
  * longer than SPI does */

@@ -29,8 +29,9 @@ LAYERS = [
     [["state"], ["sql"]],
     # one table, or a few that belong together, each; environment_enabled is
     # of environment.h, but reads a table
-    [["queue", "queue_table", "queue_batch", "queue_read"], ["jobs"],
-     ["profiles"], ["history"], ["ledger"], ["environment_enabled"]],
+    [["queue", "queue_table", "queue_batch", "queue_look",
+      "queue_read"], ["jobs"],
+     ["profiles", "profiles_table", "profiles_read", "profiles_write"], ["history"], ["ledger"], ["environment_enabled"]],
     # many rows of one caller, judged by what several of those tables say
     [["intake", "known"], ["mapping", "mapping_row"]],
     # the lanes of one server

@@ -274,6 +274,25 @@ deliver(q{SELECT userpilot_identify_company('back', '{}')});
 ok(company('back'), 'the next commit starts one again');
 is(status($node, 'postgres')->{state}, 'idle', 'then all is idle');
 
+# --- the tables as a DBA may leave them ---
+
+sql(q{UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'userpilot_queue_look'::regclass});
+deliver(q{SELECT userpilot_identify_company('unindexed', '{"a":1}')});
+deliver(q{SELECT userpilot_identify_company('unindexed', '{"a":2}');
+	SELECT userpilot_bulk_identify_companies('beside ' || i, '{}') FROM generate_series(1, 3) i});
+is(company('unindexed')->{metadata}{a}, 2, 'looks do without their index while it is not valid');
+sql(q{UPDATE pg_index SET indisvalid = true WHERE indexrelid = 'userpilot_queue_look'::regclass});
+
+sql(q{CREATE TABLE learnt (op text, id text);
+	CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
+	$$BEGIN INSERT INTO public.learnt VALUES (TG_WHEN || ' ' || TG_OP, NEW.entity_id); RETURN NEW; END$$;
+	CREATE TRIGGER before BEFORE INSERT OR UPDATE ON userpilot_profiles FOR EACH ROW EXECUTE FUNCTION note();
+	CREATE TRIGGER after AFTER INSERT OR UPDATE ON userpilot_profiles FOR EACH ROW EXECUTE FUNCTION note()});
+deliver(q{SELECT userpilot_identify_company('noted', '{"a":1}')});
+is(sql(q{SELECT string_agg(op, ', ') FROM learnt WHERE id = 'noted'}),
+	'BEFORE INSERT, AFTER INSERT, BEFORE UPDATE, AFTER UPDATE', 'triggers on profiles see mark and answer');
+sql('DROP TRIGGER before ON userpilot_profiles; DROP TRIGGER after ON userpilot_profiles; DROP TABLE learnt');
+
 # --- prepared transactions ---
 
 sql(q{BEGIN; SELECT userpilot_identify_company('prepared yes', '{"a":1}'); PREPARE TRANSACTION 'yes';
