@@ -355,23 +355,26 @@ void
 known_judge(Known *known, const QueueChange *changes, int n, KnownVerdict *verdicts)
 {
 	Relation	rel = table_open(sql_relid("userpilot_profiles"), AccessShareLock);
-	Relation	index = index_open(sql_relid("userpilot_profiles_pkey"), AccessShareLock);
+	Relation	index = profiles_open_index(rel);
 	TupleTableSlot *slot = table_slot_create(rel, NULL);
 	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
 	IndexScanDesc scan = compat_index_beginscan(rel, index, snapshot, PROFILE_NKEYS);
 	TimestampTz now = GetCurrentTimestamp();
 	ScanKeyData keys[PROFILE_NKEYS];
 	ItemPointerData next;
+	/* as before a first load; after the snapshot, so that all it sees is there */
+	bool		empty = RelationGetNumberOfBlocks(rel) == 0;
 
 	profiles_check_shape(rel);
+	for (int i = 0; i < n; i++)
+		verdicts[i] = KNOWN_NEW;
 	ItemPointerSetInvalid(&next);
 	profiles_key(keys, PROFILE_KEY_KIND, queue_kind_text(known->kind));
 	profiles_key(keys, PROFILE_KEY_SERVER, known->server);
-	for (int i = 0; i < n; i++)
+	for (int i = 0; i < n && !empty; i++)
 	{
 		CHECK_FOR_INTERRUPTS();
 		profiles_key(keys, PROFILE_KEY_ENTITY, changes[i].entity_id);
-		verdicts[i] = KNOWN_NEW;
 		if (find_profile(known, scan, keys, &next, &changes[i], slot))
 			verdicts[i] = judge(known, &changes[i], slot, now);
 		if (verdicts[i] == KNOWN_UNCHANGED &&

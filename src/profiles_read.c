@@ -168,6 +168,25 @@ profiles_check_shape(Relation rel)
 	sql_check_columns(rel, columns, PROFILE_NCOLUMNS);
 }
 
+Relation
+profiles_open_index(Relation rel)
+{
+	static const int columns[PROFILE_NKEYS] = {PROFILE_ENTITY, PROFILE_KIND, PROFILE_SERVER};
+	Relation	index = index_open(sql_relid("userpilot_profiles_pkey"), AccessShareLock);
+	Form_pg_index form = index->rd_index;
+	bool		good = form->indrelid == RelationGetRelid(rel) && form->indisvalid &&
+		form->indnkeyatts == PROFILE_NKEYS;
+
+	for (int i = 0; good && i < PROFILE_NKEYS; i++)
+		good = form->indkey.values[i] == columns[i] + 1;
+	if (!good)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("index userpilot_profiles_pkey is not what this version of userpilot expects"),
+				 errhint("It is to be the primary key of userpilot_profiles: (entity_id, kind, server).")));
+	return index;
+}
+
 void
 profiles_key(ScanKey keys, int column, text *value)
 {
@@ -207,7 +226,7 @@ profiles_read(const char *server, int64 refresh_after, Profile **profiles, int n
 		return;
 	rel = table_open(sql_relid("userpilot_profiles"), AccessShareLock);
 	profiles_check_shape(rel);
-	index = index_open(sql_relid("userpilot_profiles_pkey"), AccessShareLock);
+	index = profiles_open_index(rel);
 	slot = table_slot_create(rel, NULL);
 	scan = compat_index_beginscan(rel, index, GetActiveSnapshot(), PROFILE_NKEYS);
 	profiles_key(keys, PROFILE_KEY_KIND, cstring_to_text(userpilot_kind_name(profiles[0]->key.kind)));

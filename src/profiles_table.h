@@ -37,6 +37,9 @@ enum
 /* Raises unless the table has exactly the columns this library knows */
 extern void profiles_check_shape(Relation rel);
 
+/* Opens userpilot_profiles_pkey; raises unless it is the key as known */
+extern Relation profiles_open_index(Relation rel);
+
 /* One of the index's columns is to be this */
 extern void profiles_key(ScanKey keys, int column, text *value);
 

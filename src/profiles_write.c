@@ -9,9 +9,11 @@
  *
  * Rows are written as a subscription's worker writes those of another server:
  * someone waits for a call's mark, and a statement takes several times longer.
+ * Row triggers fire, but none for UPDATE OF columns.
  */
 #include "postgres.h"
 
+#include "access/genam.h"
 #include "access/table.h"
 #include "access/tableam.h"
 #include "access/xact.h"
@@ -22,6 +24,7 @@
 #include "utils/memutils.h"
 #include "utils/numeric.h"
 #include "utils/rel.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
@@ -180,7 +183,7 @@ company_build(const MergeEntity *entity)
 typedef struct Writer
 {
 	Relation	rel;
-	Oid			index;
+	Relation	index;
 	EState	   *estate;
 	ResultRelInfo *rri;
 	EPQState	epq;
@@ -194,7 +197,7 @@ open_writer(Writer *writer)
 {
 	writer->rel = table_open(sql_relid("userpilot_profiles"), RowExclusiveLock);
 	profiles_check_shape(writer->rel);
-	writer->index = sql_relid("userpilot_profiles_pkey");
+	writer->index = profiles_open_index(writer->rel);
 	writer->estate = CreateExecutorState();
 	writer->estate->es_output_cid = GetCurrentCommandId(true);
 	writer->rri = makeNode(ResultRelInfo);
@@ -213,9 +216,13 @@ close_writer(Writer *writer)
 {
 	AfterTriggerEndQuery(writer->estate);
 	EvalPlanQualEnd(&writer->epq);
+	/* what triggers opened */
+	ExecCloseResultRelations(writer->estate);
+	ExecResetTupleTable(writer->estate->es_tupleTable, false);
 	ExecDropSingleTupleTableSlot(writer->row);
 	ExecDropSingleTupleTableSlot(writer->stored);
 	ExecCloseIndices(writer->rri);
+	index_close(writer->index, NoLock);
 	table_close(writer->rel, NoLock);
 	FreeExecutorState(writer->estate);
 	MemoryContextDelete(writer->per_row);
@@ -276,23 +283,61 @@ set_merged(TupleTableSlot *row, const Profile *profile, TupleTableSlot *stored)
 	set(row, PROFILE_VERSIONS, JsonbPGetDatum(versions_build(profile->merge)));
 }
 
+/*
+ * The row as it is now, locked, in "stored"; false: there is none.  What others
+ * are doing to it, by hand or in userpilot_retry(), is waited for.
+ */
+static bool
+lock_stored(Writer *writer)
+{
+	TupleTableSlot *row = writer->row;
+	TupleTableSlot *stored = writer->stored;
+	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
+	IndexScanDesc scan = compat_index_beginscan(writer->rel, writer->index, snapshot, PROFILE_NKEYS);
+	ScanKeyData keys[PROFILE_NKEYS];
+	bool		found;
+
+	profiles_key(keys, PROFILE_KEY_ENTITY, DatumGetTextPP(row->tts_values[PROFILE_ENTITY]));
+	profiles_key(keys, PROFILE_KEY_KIND, DatumGetTextPP(row->tts_values[PROFILE_KIND]));
+	profiles_key(keys, PROFILE_KEY_SERVER, DatumGetTextPP(row->tts_values[PROFILE_SERVER]));
+	index_rescan(scan, keys, PROFILE_NKEYS, NULL, 0);
+	found = index_getnext_slot(scan, ForwardScanDirection, stored);
+	index_endscan(scan);
+	if (found)
+	{
+		ItemPointerData tid = stored->tts_tid;
+		TM_FailureData failure;
+		TM_Result	result;
+
+		result = table_tuple_lock(writer->rel, &tid, snapshot, stored, GetCurrentCommandId(false),
+								  LockTupleNoKeyExclusive, LockWaitBlock,
+								  TUPLE_LOCK_FLAG_FIND_LAST_VERSION, &failure);
+		if (result != TM_Ok && result != TM_Deleted)
+			elog(ERROR, "could not lock a row of userpilot_profiles: result %d", (int) result);
+		found = result == TM_Ok;
+	}
+	UnregisterSnapshot(snapshot);
+	if (found)
+		slot_getallattrs(stored);
+	else
+		ExecClearTuple(stored);
+	return found;
+}
+
 static void
 write_one(Writer *writer, const char *server, const Profile *profile, ProfileStep step)
 {
 	TupleTableSlot *row = writer->row;
 	TupleTableSlot *stored = writer->stored;
+	MemoryContext old;
 	bool		found;
 
 	ExecClearTuple(row);
-	ExecClearTuple(stored);
 	memset(row->tts_isnull, true, PROFILE_NCOLUMNS * sizeof(bool));
 	set(row, PROFILE_SERVER, CStringGetTextDatum(server));
 	set(row, PROFILE_KIND, CStringGetTextDatum(userpilot_kind_name(profile->key.kind)));
 	set(row, PROFILE_ENTITY, PointerGetDatum(cstring_to_text_with_len(profile->key.id, profile->key.len)));
-	found = RelationFindReplTupleByIndex(writer->rel, writer->index, LockTupleNoKeyExclusive,
-										 row, stored);
-	if (found)
-		slot_getallattrs(stored);
+	found = lock_stored(writer);
 	if (step == PROFILE_LEARNED)
 		set_learned(row, profile, stored);
 	else
@@ -301,10 +346,14 @@ write_one(Writer *writer, const char *server, const Profile *profile, ProfileSte
 	if (profile->job != 0)
 		set(row, PROFILE_JOB, Int64GetDatum(profile->job));
 	ExecStoreVirtualTuple(row);
+
+	/* triggers keep things there from row to row */
+	old = MemoryContextSwitchTo(writer->estate->es_query_cxt);
 	if (found)
 		ExecSimpleRelationUpdate(writer->rri, writer->estate, &writer->epq, stored, row);
 	else
 		ExecSimpleRelationInsert(writer->rri, writer->estate, row);
+	MemoryContextSwitchTo(old);
 	ExecClearTuple(row);
 	ExecClearTuple(stored);
 	ResetPerTupleExprContext(writer->estate);

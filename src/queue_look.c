@@ -12,6 +12,7 @@
 #include "access/table.h"
 #include "access/transam.h"
 #include "executor/tuptable.h"
+#include "lib/qunique.h"
 #include "miscadmin.h"
 #include "utils/fmgroids.h"
 #include "utils/lsyscache.h"
@@ -28,6 +29,7 @@ typedef struct Look
 {
 	Relation	rel;
 	Oid			index;
+	const QueueSeen *since;
 	const char *server;
 	int			server_len;
 	TupleTableSlot *slot;
@@ -51,11 +53,32 @@ look_index(Relation rel)
 		return InvalidOid;
 	index = index_open(id, AccessShareLock);
 	form = index->rd_index;
-	fit = form->indrelid == RelationGetRelid(rel) && form->indisvalid && !form->indcheckxmin &&
+	/* as the planner has it */
+	fit = form->indrelid == RelationGetRelid(rel) && form->indisvalid &&
+		(!form->indcheckxmin ||
+		 TransactionIdPrecedes(HeapTupleHeaderGetXmin(index->rd_indextuple->t_data), TransactionXmin)) &&
 		form->indkey.values[0] == QUEUE_XID + 1 &&
 		queue_is_not_bulk(RelationGetIndexPredicate(index));
 	index_close(index, NoLock);
 	return fit ? id : InvalidOid;
+}
+
+static int
+compare_xids(const void *a, const void *b)
+{
+	uint64		x = *(const uint64 *) a;
+	uint64		y = *(const uint64 *) b;
+
+	return x < y ? -1 : x > y;
+}
+
+static bool
+is_new(const QueueSeen *since, Datum xid)
+{
+	uint64		value = U64FromFullTransactionId(DatumGetFullTransactionId(xid));
+
+	return since == NULL || value >= since->end ||
+		bsearch(&value, since->open, since->nopen, sizeof(uint64), compare_xids) != NULL;
 }
 
 /* Rows whose xid compares so */
@@ -76,7 +99,8 @@ look_scan(Look *look, StrategyNumber strategy, RegProcedure comparison, uint64 x
 
 		CHECK_FOR_INTERRUPTS();
 		ExecStoreHeapTuple(tuple, look->slot, false);
-		if (!DatumGetBool(slot_getattr(look->slot, QUEUE_BULK + 1, &isnull)))
+		if (!DatumGetBool(slot_getattr(look->slot, QUEUE_BULK + 1, &isnull)) &&
+			is_new(look->since, slot_getattr(look->slot, QUEUE_XID + 1, &isnull)))
 			look->left -= queue_handle_slot(look->slot, look->server, look->server_len,
 									  look->per_row, look->handler, look->arg);
 		ExecClearTuple(look->slot);
@@ -106,6 +130,9 @@ seen_now(MemoryContext context)
 	seen->nopen = snapshot->xcnt;
 	for (uint32 i = 0; i < snapshot->xcnt; i++)
 		seen->open[i] = widen(snapshot->xip[i]);
+	/* one that is being prepared is there twice */
+	qsort(seen->open, seen->nopen, sizeof(uint64), compare_xids);
+	seen->nopen = qunique(seen->open, seen->nopen, sizeof(uint64), compare_xids);
 	return seen;
 }
 
@@ -113,12 +140,12 @@ void
 queue_look(const char *server, QueueSeen **seen, MemoryContext context, int limit,
 		   QueueRowHandler handler, void *arg)
 {
-	const QueueSeen *since = *seen;
 	Look		look = {0};
 
 	look.rel = table_open(sql_relid("userpilot_queue"), AccessShareLock);
 	queue_check_shape(look.rel);
 	look.index = look_index(look.rel);
+	look.since = *seen;
 	look.server = server;
 	look.server_len = strlen(server);
 	look.slot = MakeSingleTupleTableSlot(RelationGetDescr(look.rel), &TTSOpsHeapTuple);
@@ -127,9 +154,14 @@ queue_look(const char *server, QueueSeen **seen, MemoryContext context, int limi
 	look.left = limit;
 	look.handler = handler;
 	look.arg = arg;
-	for (int i = 0; since != NULL && i < since->nopen; i++)
-		look_scan(&look, BTEqualStrategyNumber, F_XID8EQ, since->open[i]);
-	look_scan(&look, BTGreaterEqualStrategyNumber, F_XID8GE, since ? since->end : 0);
+	if (look.since == NULL || !OidIsValid(look.index))
+		look_scan(&look, BTGreaterEqualStrategyNumber, F_XID8GE, 0);
+	else
+	{
+		for (int i = 0; i < look.since->nopen; i++)
+			look_scan(&look, BTEqualStrategyNumber, F_XID8EQ, look.since->open[i]);
+		look_scan(&look, BTGreaterEqualStrategyNumber, F_XID8GE, look.since->end);
+	}
 	MemoryContextDelete(look.per_row);
 	ExecDropSingleTupleTableSlot(look.slot);
 	table_close(look.rel, NoLock);

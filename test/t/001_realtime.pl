@@ -284,14 +284,47 @@ is(company('unindexed')->{metadata}{a}, 2, 'looks do without their index while i
 sql(q{UPDATE pg_index SET indisvalid = true WHERE indexrelid = 'userpilot_queue_look'::regclass});
 
 sql(q{CREATE TABLE learnt (op text, id text);
-	CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
+	CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS
 	$$BEGIN INSERT INTO public.learnt VALUES (TG_WHEN || ' ' || TG_OP, NEW.entity_id); RETURN NEW; END$$;
 	CREATE TRIGGER before BEFORE INSERT OR UPDATE ON userpilot_profiles FOR EACH ROW EXECUTE FUNCTION note();
 	CREATE TRIGGER after AFTER INSERT OR UPDATE ON userpilot_profiles FOR EACH ROW EXECUTE FUNCTION note()});
-deliver(q{SELECT userpilot_identify_company('noted', '{"a":1}')});
+deliver(q{SELECT userpilot_identify_company('noted', '{"a":1}');
+	SELECT count(userpilot_identify_company('too ' || i, '{"a":1}')::text) FROM generate_series(1, 50) i});
 is(sql(q{SELECT string_agg(op, ', ') FROM learnt WHERE id = 'noted'}),
 	'BEFORE INSERT, AFTER INSERT, BEFORE UPDATE, AFTER UPDATE', 'triggers on profiles see mark and answer');
+unlike(slurp_file($node->logfile), qr/leak|was not closed/, '... and leave nothing open');
 sql('DROP TRIGGER before ON userpilot_profiles; DROP TRIGGER after ON userpilot_profiles; DROP TABLE learnt');
+
+# The profile goes while the worker waits for its lock: a mark's, an answer's
+foreach my $waits ('mark', 'answer')
+{
+	my $holder = $node->background_psql('postgres');
+
+	deliver(qq{SELECT userpilot_identify_company('gone $waits', '{"a":1}')});
+	if ($waits eq 'mark')
+	{
+		$holder->query_safe(qq{BEGIN; DELETE FROM userpilot_profiles WHERE entity_id = 'gone $waits'});
+		sql(qq{SELECT userpilot_identify_company('gone $waits', '{"a":2}')});
+	}
+	else
+	{
+		$api->pause;
+		sql(qq{SELECT userpilot_identify_company('gone $waits', '{"a":2}')});
+		until_true('it is marked',
+			sub { return sql(qq{SELECT attempts FROM userpilot_profiles WHERE entity_id = 'gone $waits'}) == 1; });
+		$holder->query_safe(qq{BEGIN; DELETE FROM userpilot_profiles WHERE entity_id = 'gone $waits'});
+		$api->go_on;
+	}
+	ok( $node->poll_query_until('postgres',
+			q{SELECT count(*) = 1 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+			WHERE a.backend_type = 'userpilot worker' AND l.locktype = 'transactionid' AND NOT l.granted}),
+		"the $waits waits for who deletes the profile");
+	$holder->query_safe('COMMIT');
+	$holder->quit;
+	delivered($node, 'postgres');
+	is(sql(qq{SELECT metadata, synced_at > now() - interval '1 hour' FROM userpilot_profiles
+			WHERE entity_id = 'gone $waits'}), '{"a": 2}|t', '... and makes a new one');
+}
 
 # --- prepared transactions ---
 
