@@ -34,6 +34,9 @@
 #define MAX_SUBMISSIONS 2
 #define MAX_LOST 3
 
+/* Jobs of a size that was taken before a larger one is tried again */
+#define GROW_JOBS 10
+
 void
 bulk_init(Sender *sender)
 {
@@ -69,8 +72,8 @@ bulk_expected_ms(const Bulk *bulk)
 	return (int64) bulk->current->job.records * 60000 / USERPILOT_RECORDS_PER_MINUTE + JOB_FIXED_MS;
 }
 
-static bool
-overdue(const Bulk *bulk, int64 now)
+bool
+bulk_overdue(const Bulk *bulk, int64 now)
 {
 	return (bulk->state == BULK_RUNNING || bulk->state == BULK_UNKNOWN) &&
 		now - bulk->since >= delivery_job_overdue(bulk_expected_ms(bulk));
@@ -81,7 +84,7 @@ bulk_holds_overdue(const Sender *sender, EntityKey key, int64 now)
 {
 	const Bulk *bulk = &sender->bulk;
 
-	return overdue(bulk, now) && held_job_has(bulk->current, key, entity_hash(key));
+	return bulk_overdue(bulk, now) && held_job_has(bulk->current, key, entity_hash(key));
 }
 
 void
@@ -267,8 +270,10 @@ bulk_completed(Sender *sender)
 	state_worker_progress();
 	bulk_set_done(sender);
 	bulk->last_completed = 0;
-	if (bulk->record_limit < USERPILOT_MAX_RECORDS)
+	bulk->lost = 0;
+	if (bulk->record_limit < USERPILOT_MAX_RECORDS && ++bulk->since_shrunk >= GROW_JOBS)
 	{
+		bulk->since_shrunk = 0;
 		bulk->record_limit = Min(bulk->record_limit * 2, USERPILOT_MAX_RECORDS);
 		bulk_forget_plan(sender);	/* its units are as small */
 	}
@@ -287,16 +292,17 @@ void
 bulk_failed(Sender *sender, int64 now)
 {
 	Bulk	   *bulk = &sender->bulk;
-	JobNews		news = JOB_NO_NEWS;
+	MemoryContext old;
 
 	if (bulk->current->job.attempts >= MAX_SUBMISSIONS)
 	{
 		bulk_dissolved(sender, "the job failed twice");
 		return;
 	}
-	news.status = JOB_PREPARED;
-	news.error = "the job failed and is submitted again";
-	jobs_update(bulk->current->job.id, &news);
+	old = MemoryContextSwitchTo(bulk->current->context);
+	jobs_restart(&bulk->current->job, "the job failed and is submitted again");
+	MemoryContextSwitchTo(old);
+	bulk->last_completed = 0;
 	sender_error(sender, psprintf("job " INT64_FORMAT " failed and is submitted again", bulk->current->job.id));
 	bulk_enter(bulk, BULK_SUBMIT, now + delivery_entity_backoff(1, 1.0));
 }
@@ -392,7 +398,7 @@ ahead_at(const Sender *sender, int64 now)
 	if (bulk->state != BULK_RUNNING || bulk->next->entities != NULL || bulk->done->job.id != 0 ||
 		bulk->plan == NULL || bulk->solo != NULL || !sender_may_send(sender) ||
 		sender->paused || bulk->lane.outages > 0 ||
-		overdue(bulk, now) || quota_job_slot_wanted(bulk->slot_application, now))
+		bulk_overdue(bulk, now) || quota_job_slot_wanted(bulk->slot_application, now))
 		return PG_INT64_MAX;
 	return Max(bulk->ends_at - clock_api_ms(AHEAD_MS), bulk->lane.not_before);
 }
@@ -438,7 +444,7 @@ bulk_step(Sender *sender, int64 now)
 	if (!sender_still_enabled(sender))
 		return false;
 	/* who knows when it would have its turn, and what it holds waits with it */
-	if (bulk->state != BULK_PREPARE && (bulk->state != BULK_RUNNING || overdue(bulk, now)))
+	if (bulk->state != BULK_PREPARE && (bulk->state != BULK_RUNNING || bulk_overdue(bulk, now)))
 		put_back_next(sender);
 	switch (bulk->state)
 	{
@@ -529,6 +535,6 @@ bulk_start(Sender *sender, int64 now)
 	{
 		MemoryContextReset(bulk->body_context);
 		sender_error(sender, error);
-		bulk->next_at = now + delivery_outage_backoff(5, sender_random());
+		bulk->next_at = now + delivery_lane_backoff(5, sender_random());
 	}
 }

@@ -28,9 +28,13 @@ answered_ask(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecision *
 		n = 0;
 	else if (decision->action != DELIVERY_LEARN)
 		return;
+	/* one that never ends, or in a status we do not know, may not be in the
+	 * slot: a submission would tell */
+	if (now - bulk->since >= delivery_job_overdue(0))
+		n = 0;
 	for (int i = 0; i < n; i++)
 	{
-		if (!api_job_is_final(jobs[i].status))
+		if (delivery_job_runs(jobs[i].status))
 		{
 			bulk->waiting_for_slot = true;
 			bulk->next_at = now + delivery_poll_interval(now - bulk->since, 5 * 60 * 1000, PG_INT64_MAX);
@@ -51,41 +55,9 @@ adopt(Sender *sender, const ApiJob *job, int64 now)
 	news.status = api_job_is_final(job->status) ? "processing" : job->status;
 	news.submitted = true;
 	jobs_update(bulk->current->job.id, &news);
-	bulk->lost = bulk->conflicts = 0;
+	bulk->conflicts = 0;
 	bulk->ends_at = bulk->since + bulk_expected_ms(bulk);
 	bulk_enter(bulk, BULK_RUNNING, now);
-}
-
-/* Is the job of which no answer came among those Userpilot knows? */
-static void
-answered_unknown(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecision *decision, int64 now)
-{
-	Bulk	   *bulk = &sender->bulk;
-	bool		slot_free = true;
-
-	if (decision->action != DELIVERY_LEARN)
-	{
-		bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk), PG_INT64_MAX);
-		return;
-	}
-	for (int i = 0; i < n; i++)
-	{
-		if (bulk->current->job.ndjson && bulk->current->job.filename != NULL &&
-			strcmp(jobs[i].filename, bulk->current->job.filename) == 0)
-		{
-			adopt(sender, &jobs[i], now);
-			return;
-		}
-		slot_free &= api_job_is_final(jobs[i].status);
-	}
-
-	bulk->unknown_looks = slot_free ? bulk->unknown_looks + 1 : 0;
-	if (bulk->unknown_looks >= UNKNOWN_LOOKS && now - bulk->since >= UNKNOWN_MS)
-	{
-		bulk_never_arrived(sender);
-		return;
-	}
-	bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk), PG_INT64_MAX);
 }
 
 /* A job that tells how far it is ends when its other records have had their
@@ -118,7 +90,7 @@ accepted(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
 	news.response = sender_answer_text(result);
 	news.submitted = true;
 	jobs_update(bulk->current->job.id, &news);
-	bulk->lost = bulk->conflicts = 0;
+	bulk->conflicts = 0;
 	bulk->since = now;
 	bulk_enter(bulk, BULK_RUNNING, next_poll(bulk, now));
 }
@@ -161,7 +133,7 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 			bulk_refused(sender, error, true);
 			bulk->waiting_for_slot = true;
 			bulk->since = now;
-			bulk_enter(bulk, BULK_ASK, now + CONFLICT_MS + delivery_outage_backoff(++bulk->conflicts, sender_random()));
+			bulk_enter(bulk, BULK_ASK, now + CONFLICT_MS + delivery_lane_backoff(++bulk->conflicts, sender_random()));
 			break;
 		case DELIVERY_SHRINK:
 			bulk->record_limit = Max(bulk->current->job.records / 2, 1);
@@ -207,6 +179,36 @@ note_poll(Sender *sender, const HttpResult *result, const ApiJob *job)
 	sender->bulk.last_completed = Min(Max(job->completed_rows, 0), sender->bulk.current->job.records);
 }
 
+/* What is said of the job, in a poll's answer or in the list */
+static void
+judge(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
+{
+	Bulk	   *bulk = &sender->bulk;
+	int			records = bulk->current->job.records;
+
+	note_poll(sender, result, job);
+	switch (delivery_job_end(job->status, records, job->total_rows, job->completed_rows,
+							 bulk_overdue(bulk, now)))
+	{
+		case DELIVERY_JOB_RUNNING:
+			bulk->next_at = next_poll(bulk, now);
+			break;
+		case DELIVERY_JOB_COMPLETED:
+			bulk_completed(sender);
+			break;
+		case DELIVERY_JOB_SHORT:
+			bulk_dissolved(sender, psprintf("completed with %d of %d records",
+										   (int) job->completed_rows, records));
+			break;
+		case DELIVERY_JOB_FAILED:
+			bulk_failed(sender, now);
+			break;
+		case DELIVERY_JOB_STRANGE:
+			bulk_dissolved(sender, psprintf("the job is \"%s\", and overdue", job->status));
+			break;
+	}
+}
+
 static void
 answered_poll(Sender *sender, const HttpResult *result, const ApiJob *job,
 			  const DeliveryDecision *decision, const char *error, int64 now)
@@ -214,29 +216,55 @@ answered_poll(Sender *sender, const HttpResult *result, const ApiJob *job,
 	Bulk	   *bulk = &sender->bulk;
 
 	bulk->next_at = next_poll(bulk, now);
-	if (decision->action == DELIVERY_UNKNOWN)
+	if (decision->action == DELIVERY_LEARN)
+		judge(sender, result, job, now);
+	else if (decision->action == DELIVERY_UNKNOWN ||
+			 (decision->action == DELIVERY_BACKOFF && bulk_overdue(bulk, now)))
+		bulk_unknown(sender, error, now);	/* the list may tell more */
+}
+
+static const ApiJob *
+find_ours(const Job *job, const ApiJob *jobs, int n)
+{
+	for (int i = 0; i < n; i++)
 	{
-		bulk_unknown(sender, error, now);
-		return;
+		if (job->job_id != NULL ? strcmp(jobs[i].job_id, job->job_id) == 0 :
+			job->ndjson && job->filename != NULL && strcmp(jobs[i].filename, job->filename) == 0)
+			return &jobs[i];
 	}
-	if (decision->action != DELIVERY_LEARN)
-		return;
-	note_poll(sender, result, job);
-	bulk->next_at = next_poll(bulk, now);
-	switch (delivery_job_end(job->status, bulk->current->job.records, job->total_rows, job->completed_rows))
+	return NULL;
+}
+
+/* Is the job of which no answer came among those Userpilot knows? */
+static void
+answered_unknown(Sender *sender, const HttpResult *result, const ApiJob *jobs, int n,
+				 const DeliveryDecision *decision, int64 now)
+{
+	Bulk	   *bulk = &sender->bulk;
+	Job		   *job = &bulk->current->job;
+	const ApiJob *ours = NULL;
+	bool		slot_free = decision->action == DELIVERY_LEARN;
+
+	bulk->next_at = now + delivery_poll_interval(now - bulk->since, bulk_expected_ms(bulk), PG_INT64_MAX);
+	if (slot_free)
+		ours = find_ours(job, jobs, n);
+	if (ours != NULL && job->job_id == NULL)
+		adopt(sender, ours, now);
+	else if (ours != NULL)
 	{
-		case DELIVERY_JOB_RUNNING:
-			break;
-		case DELIVERY_JOB_COMPLETED:
-			bulk_completed(sender);
-			break;
-		case DELIVERY_JOB_SHORT:
-			bulk_dissolved(sender, psprintf("completed with %d of %d records",
-										   (int) job->completed_rows, bulk->current->job.records));
-			break;
-		case DELIVERY_JOB_FAILED:
-			bulk_failed(sender, now);
-			break;
+		/* where it is asked about by its id nothing is found: so by the list */
+		bulk->unknown_looks = 0;
+		judge(sender, result, ours, now);
+	}
+	else
+	{
+		for (int i = 0; i < n; i++)
+			slot_free &= api_job_is_final(jobs[i].status);
+		bulk->unknown_looks = slot_free ? bulk->unknown_looks + 1 : 0;
+		/* nor is a list waited for that is not to be had, or that never empties */
+		if ((bulk->unknown_looks >= UNKNOWN_LOOKS && now - bulk->since >= UNKNOWN_MS) ||
+			bulk_overdue(bulk, now))
+			bulk_never_arrived(sender);
 	}
 }
 
@@ -313,7 +341,7 @@ bulk_answered(Sender *sender, HttpResult *result, int64 now)
 			answered_ask(sender, jobs, n, &decision, now);
 			break;
 		case BULK_UNKNOWN:
-			answered_unknown(sender, jobs, n, &decision, now);
+			answered_unknown(sender, result, jobs, n, &decision, now);
 			break;
 		case BULK_SUBMIT:
 			answered_submit(sender, result, &job, &decision, error, now);

@@ -55,9 +55,8 @@ typedef enum Rule
 
 /*
  * A gateway may answer 5xx, 408 or 425 after the body went through, so to a
- * submitted job they mean as little as no answer.  A redirect comes from a
- * wrong endpoint, as a refused key may: both wait for a person, which only
- * calls that carry data have to say.
+ * submitted job they mean as little as no answer.  A redirect is a gateway's
+ * doing, or that of a wrong endpoint, so probes go on.
  */
 static const Rule rules[][4] = {
 	/* DELIVERY_IDENTIFY, DELIVERY_SUBMIT, DELIVERY_POLL, DELIVERY_LIST */
@@ -65,7 +64,7 @@ static const Rule rules[][4] = {
 	[ANSWER_LOST] = {RULE_RETRY, RULE_UNKNOWN, RULE_OUTAGE, RULE_OUTAGE},
 	[ANSWER_OK] = {RULE_LEARN, RULE_LEARN, RULE_LEARN, RULE_LEARN},
 	[ANSWER_GARBLED] = {RULE_LEARN, RULE_UNKNOWN, RULE_WAIT, RULE_WAIT},
-	[ANSWER_REDIRECT] = {RULE_PAUSE, RULE_PAUSE, RULE_WAIT, RULE_WAIT},
+	[ANSWER_REDIRECT] = {RULE_RETRY, RULE_OUTAGE, RULE_WAIT, RULE_WAIT},
 	[ANSWER_KEY] = {RULE_PAUSE, RULE_PAUSE, RULE_PAUSE, RULE_PAUSE},
 	[ANSWER_NOT_FOUND] = {RULE_DEAD, RULE_SPLIT, RULE_UNKNOWN, RULE_WAIT},
 	[ANSWER_CONFLICT] = {RULE_DEAD, RULE_CONFLICT, RULE_WAIT, RULE_WAIT},
@@ -213,6 +212,7 @@ apply_rule(Rule rule, const DeliveryAnswer *answer, DeliveryDecision *decision)
 	}
 	decision->action = action;
 	decision->counts = counts;
+	decision->refused = action == DELIVERY_DEAD && rule != RULE_RETRY;
 }
 
 /*
@@ -295,16 +295,9 @@ delivery_entity_backoff(int attempts, double random)
 	return jitter(doubling(attempts, ENTITY_BACKOFF_MAX), 0.0, random);
 }
 
-/* Half fixed, as a lane that comes back at once would be refused again */
+/* Never sooner: it would be refused again, or struggles */
 int64
-delivery_throttle_backoff(int in_a_row, double random)
-{
-	return jitter(doubling(in_a_row, LANE_BACKOFF_MAX), 0.5, random);
-}
-
-/* Never sooner: a probe is one call, but a call to a struggling service */
-int64
-delivery_outage_backoff(int in_a_row, double random)
+delivery_lane_backoff(int in_a_row, double random)
 {
 	int64		ms = doubling(in_a_row, LANE_BACKOFF_MAX);
 
@@ -342,23 +335,36 @@ delivery_job_overdue(int64 expected_ms)
 	return Max(expected_ms * 3, OVERDUE_MIN);
 }
 
+bool
+delivery_job_runs(const char *status)
+{
+	return strcmp(status, "queued") == 0 || strcmp(status, "validating") == 0 ||
+		strcmp(status, "processing") == 0 || strcmp(status, "pending_refresh") == 0;
+}
+
 /*
- * What a job's status says.  A completed job that names other numbers than
- * were sent has dropped records: the only sign of it that the API gives.
+ * What a job's status says.  A completed job that names fewer rows than were
+ * sent has dropped records: the only sign of it that the API gives.  When it is
+ * overdue neither the refresh after the last row nor a status that no document
+ * knows is waited for any more.
  */
 DeliveryJobEnd
-delivery_job_end(const char *status, int64 records,
-				 int64 total_rows, int64 completed_rows)
+delivery_job_end(const char *status, int64 records, int64 total_rows,
+				 int64 completed_rows, bool overdue)
 {
+	bool		all = completed_rows >= records && completed_rows >= total_rows;
+
 	if (status == NULL)
 		return DELIVERY_JOB_RUNNING;
 	if (strcmp(status, "failed") == 0)
 		return DELIVERY_JOB_FAILED;
+	if (overdue && strcmp(status, "pending_refresh") == 0 && all)
+		return DELIVERY_JOB_COMPLETED;
 	if (strcmp(status, "completed") != 0)
-		return DELIVERY_JOB_RUNNING;
-	if (total_rows != -1 && total_rows != records)
-		return DELIVERY_JOB_SHORT;
-	if (completed_rows != -1 && completed_rows < records)
-		return DELIVERY_JOB_SHORT;
-	return DELIVERY_JOB_COMPLETED;
+		return overdue && !delivery_job_runs(status) ?
+			DELIVERY_JOB_STRANGE : DELIVERY_JOB_RUNNING;
+	if (completed_rows != -1)
+		return all ? DELIVERY_JOB_COMPLETED : DELIVERY_JOB_SHORT;
+	return total_rows == -1 || total_rows == records ?
+		DELIVERY_JOB_COMPLETED : DELIVERY_JOB_SHORT;
 }

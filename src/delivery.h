@@ -55,6 +55,7 @@ typedef struct DeliveryDecision
 {
 	DeliveryAction action;
 	bool		counts;			/* the attempt stands; never for LEARN */
+	bool		refused;		/* DEAD for what it says, so the lane is well */
 	bool		wait_given;		/* obey wait_ms; else the caller's back-off */
 	int64		wait_ms;
 } DeliveryDecision;
@@ -65,16 +66,15 @@ extern const char *delivery_action_name(DeliveryAction action);
 /*
  * How long to wait, in ms.  "random" is uniform in [0,1).
  *   entity:   1 s doubling to 10 min, full jitter
- *   throttle: 1, 2, 4, 8 s, then on to 60 s, half fixed, half jitter
- *   outage:   probes at 1 s doubling to 60 s, and up to half as long again
+ *   lane:     too fast, or an outage: 1, 2, 4, 8 s, then on to 60 s, and up to
+ *             half as long again
  *   poll:     2 s growing to 30 s by the time the job is expected to take,
  *             but not within less than a minute; never past the time when its
  *             work should be done (left_ms; PG_INT64_MAX: nobody knows), and
  *             from then on an eighth of its lateness
  */
 extern int64 delivery_entity_backoff(int attempts, double random);
-extern int64 delivery_throttle_backoff(int in_a_row, double random);
-extern int64 delivery_outage_backoff(int in_a_row, double random);
+extern int64 delivery_lane_backoff(int in_a_row, double random);
 extern int64 delivery_poll_interval(int64 elapsed_ms, int64 expected_ms, int64 left_ms);
 
 /* When a job counts as overdue, in ms: max of 3 x expected and 30 min */
@@ -83,14 +83,18 @@ extern int64 delivery_job_overdue(int64 expected_ms);
 /* The state of a job as the API tells it */
 typedef enum DeliveryJobEnd
 {
-	DELIVERY_JOB_RUNNING,		/* also a status we do not know */
+	DELIVERY_JOB_RUNNING,		/* also a status we do not know, for a while */
 	DELIVERY_JOB_COMPLETED,		/* in full */
 	DELIVERY_JOB_SHORT,			/* completed, but records are missing */
-	DELIVERY_JOB_FAILED
+	DELIVERY_JOB_FAILED,
+	DELIVERY_JOB_STRANGE		/* overdue, in a status we do not know */
 } DeliveryJobEnd;
 
+/* Whether a job in this status is under way, as far as is documented */
+extern bool delivery_job_runs(const char *status);
+
 /* rows are -1 where the answer does not give them */
-extern DeliveryJobEnd delivery_job_end(const char *status, int64 records,
-									   int64 total_rows, int64 completed_rows);
+extern DeliveryJobEnd delivery_job_end(const char *status, int64 records, int64 total_rows,
+									   int64 completed_rows, bool overdue);
 
 #endif

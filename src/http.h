@@ -60,6 +60,7 @@ typedef struct HttpResult
 	size_t		body_len;
 	char		request_id[128];	/* x-request-id, printable, or "" */
 	int			retry_after;	/* seconds, -1 if absent or unreadable */
+	bool		too_long;		/* lost because of its length */
 	double		ms;
 	int64		bytes_sent;		/* of the body */
 	char		error[256];		/* in words, without key; "" if answered */

@@ -106,6 +106,7 @@ write_body(char *data, size_t size, size_t nitems, void *arg)
 	if (len > HTTP_MAX_ANSWER - result->body_len)
 	{
 		transfer->refusal = "the answer is longer than 1 MB";
+		result->too_long = true;
 		return CURL_WRITEFUNC_ERROR;
 	}
 	if (result->body_len + len + 1 > transfer->body_room)

@@ -6,7 +6,6 @@
 
 #include "utils/builtins.h"
 #include "utils/memutils.h"
-#include "utils/uuid.h"
 
 #include "job_writer.h"
 #include "payload.h"
@@ -29,12 +28,10 @@ static void
 start_job(JobWriter *writer, UserpilotKind kind)
 {
 	HeldJob    *held = writer->sender->bulk.next;
-	Datum		uuid = DirectFunctionCall1(gen_random_uuid, (Datum) 0);
-	char	   *text = DatumGetCString(DirectFunctionCall1(uuid_out, uuid));
 	MemoryContext old = MemoryContextSwitchTo(held->context);
 
 	held->job.kind = kind;
-	held->job.filename = psprintf("userpilot-%s.ndjson", text);
+	held->job.filename = jobs_new_filename();
 	held_job_open(held, writer->max_records);
 	MemoryContextSwitchTo(writer->context);
 	initStringInfo(&writer->chunk);

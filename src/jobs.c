@@ -19,6 +19,14 @@ text_or_null(const char *str, char *null)
 	return str ? CStringGetTextDatum(str) : (Datum) 0;
 }
 
+char *
+jobs_new_filename(void)
+{
+	Datum		uuid = DirectFunctionCall1(gen_random_uuid, (Datum) 0);
+
+	return psprintf("userpilot-%s.ndjson", DatumGetCString(DirectFunctionCall1(uuid_out, uuid)));
+}
+
 void
 jobs_insert(const char *server, Job *job)
 {
@@ -69,7 +77,8 @@ jobs_update(int64 job, const JobNews *news)
 		" status = coalesce($2, status), job_id = coalesce($3, job_id),"
 		" total_rows = coalesce($4, total_rows), completed_rows = coalesce($5, completed_rows),"
 		" http_status = coalesce($6, http_status), request_id = coalesce($7, request_id),"
-		" error = coalesce($8, error), response = coalesce($9, response),"
+		" error = CASE WHEN $2 = '" JOB_COMPLETED "' THEN NULL ELSE coalesce($8, error) END,"
+		" response = coalesce($9, response),"
 		" submitted_at = CASE WHEN $10 THEN pg_catalog.clock_timestamp() ELSE submitted_at END,"
 		" polled_at = CASE WHEN $11 THEN pg_catalog.clock_timestamp() ELSE polled_at END,"
 		" finished_at = CASE WHEN $12 THEN pg_catalog.clock_timestamp() ELSE finished_at END"
@@ -95,6 +104,24 @@ jobs_update(int64 job, const JobNews *news)
 	args[10] = BoolGetDatum(news->polled);
 	args[11] = BoolGetDatum(news->finished);
 	(void) sql_execute(&statement, args, nulls, false);
+}
+
+void
+jobs_restart(Job *job, const char *error)
+{
+	static SqlStatement statement = SQL_STATEMENT(
+		"UPDATE @.userpilot_jobs SET status = '" JOB_PREPARED "', error = $2, filename = $3,"
+		" job_id = NULL, total_rows = NULL, completed_rows = NULL WHERE id = $1",
+		3, {INT8OID, TEXTOID, TEXTOID});
+	Datum		args[3];
+
+	strlcpy(job->status, JOB_PREPARED, sizeof(job->status));
+	job->job_id = NULL;
+	job->filename = jobs_new_filename();
+	args[0] = Int64GetDatum(job->id);
+	args[1] = CStringGetTextDatum(error);
+	args[2] = CStringGetTextDatum(job->filename);
+	(void) sql_execute(&statement, args, NULL, false);
 }
 
 void

@@ -58,6 +58,12 @@ typedef struct JobNews
 
 extern void jobs_update(int64 job, const JobNews *news);
 
+/* A name that no other upload has, in CurrentMemoryContext */
+extern char *jobs_new_filename(void);
+
+/* To be submitted anew, under another name: the failed run keeps the old one */
+extern void jobs_restart(Job *job, const char *error);
+
 /* A submission is about to be made */
 extern void jobs_count_attempt(int64 job);
 

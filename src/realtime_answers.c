@@ -60,7 +60,7 @@ bury(Sender *sender, Pending *pending, const HttpResult *result, const char *err
 	QueueFailure why = {
 		.http_status = result->status,
 		.error = error,
-		.response = result->body_len > 0 ? sender_error_text(result) : NULL,
+		.response = result->body_len > 0 ? sender_answer_text(result) : NULL,
 		.attempts = pending->profile.attempts
 	};
 	QueueRow   *rows = palloc(pending->nsent * sizeof(QueueRow));

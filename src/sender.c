@@ -178,8 +178,11 @@ lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 		sender_error(sender, error);
 	switch (decision->action)
 	{
+		case DELIVERY_DEAD:
+			if (!decision->refused)
+				break;
+			/* FALLTHROUGH */	/* a refusal proves key and lane as well */
 		case DELIVERY_LEARN:
-		case DELIVERY_DEAD:		/* a refusal proves key and lane as well */
 			lane_succeeded(lane, now);
 			if (sender->paused)
 				ereport(LOG, (errmsg("userpilot: server \"%s\" resumes", sender->env->server)));
@@ -190,7 +193,7 @@ lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 			if (now >= lane->not_before)
 				lane->throttled++;
 			wait = decision->wait_given ? decision->wait_ms :
-				delivery_throttle_backoff(lane->throttled, sender_random());
+				delivery_lane_backoff(lane->throttled, sender_random());
 			lane->not_before = Max(lane->not_before, now + wait);
 			break;
 		case DELIVERY_OUTAGE:
@@ -198,7 +201,7 @@ lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 			if (now >= lane->not_before)
 				lane->outages++;
 			lane->not_before = Max(lane->not_before,
-								   now + delivery_outage_backoff(lane->outages, sender_random()));
+								   now + delivery_lane_backoff(lane->outages, sender_random()));
 			break;
 		case DELIVERY_PAUSE:
 			sender_paused(sender, error);
@@ -232,6 +235,13 @@ sender_answer(const Sender *sender, DeliveryCall call, const HttpResult *result)
 			break;
 		case HTTP_LOST:
 			answer.transport = DELIVERY_LOST;
+			/* a list that grows for ever is no outage */
+			if (call == DELIVERY_LIST && result->too_long)
+			{
+				answer.transport = DELIVERY_ANSWERED;
+				answer.status = 200;
+				answer.understood = false;
+			}
 			break;
 	}
 	return answer;

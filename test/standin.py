@@ -110,6 +110,7 @@ KEEP_ALIVE_REQUESTS = 1000
 API_VERSION = "2020-09-22"
 COMPANIES, USERS = "companies", "users"
 ID_FIELD = {COMPANIES: "company_id", USERS: "user_id"}
+STATUSES = ("queued", "validating", "processing", "pending_refresh")
 FINAL = ("completed", "failed")
 JOBS_PATH = "/v1/background_jobs"
 ROUTES = {
@@ -471,6 +472,8 @@ class Job:
             self.phases[2][0] = self.phases[3][0] = "compacting"
         elif fault == "stuck":
             status = self.fault.get("status", "pending_refresh")
+            if status not in STATUSES:
+                self.phases[2][0] = status
             last = [p[0] for p in self.phases].index(status)
             self.phases[last][1] = float("inf")
             if last < 3:
@@ -621,8 +624,7 @@ def check_action(do):
             name, default = JOB_FAULTS[do["job"]]
             do = {name: default, **do}
         if do["job"] == "stuck":
-            demand(do["status"] in ("queued", "validating", "processing",
-                                    "pending_refresh"), do)
+            demand(do["status"] not in ("", *FINAL), do)
     return do
 
 

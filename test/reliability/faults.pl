@@ -50,7 +50,7 @@ my %taken = (
 	lost      => [ $open,      qr/unknown/, $open ],
 	fine      => [ $fine,      $fine,       $fine ],
 	garbled   => [ $fine,      qr/unknown/, qr/back-off/ ],
-	redirect  => [ qr/paused/, qr/paused/,  qr/back-off/ ],
+	redirect  => [ $open,      qr/outage/,  qr/back-off/ ],
 	unclear   => [ qr/^acknowledged$|$open/, qr/unknown/, $open ]);
 
 # An answer of which these lines are all

@@ -55,6 +55,8 @@ survives('409', { status => 409 }, $bulk, 'bulk', qr/slot taken/);
 is(jobs_said(), 'refused 30, completed 30', '... and the rows were bound anew');
 survives('413', { status => 413 }, $bulk, 'bulk', qr/too large/);
 is(jobs_said(), 'refused 30, completed 15, completed 15', '... and sent in halves');
+ok($node->poll_query_until('postgres', 'SELECT userpilot_worker_pid() IS NULL'),
+	'... until the worker leaves, or ten jobs were taken');
 foreach my $status (400, 404, 422)
 {
 	survives("job, $status", { status => $status }, $bulk, 'bulk', qr/dissolved/);
@@ -119,6 +121,46 @@ delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, 'a stuck job that ends after all',
 	companies => 'SELECT * FROM account_meta');
 
+# All was applied, but the refresh does not end: 3 seconds later that is over
+survives('a refresh that does not end', { job => 'stuck' }, $bulk, 'bulk', qr/^acknowledged$/);
+is(jobs_said(), 'completed 31', '... and the job is completed');
+$api->finish_jobs;
+
+# Nobody knows what this status means: record by record, and the slot may be free
+survives('a status that nobody knows', { job => 'stuck', status => 'archived' }, $bulk, 'bulk',
+	qr/^acknowledged$/);
+is(sql('SELECT status, error FROM userpilot_jobs'), 'dissolved|the job is "archived", and overdue',
+	'... and the job is given up');
+change('bulk');
+until_true('a submission finds out', sub { return sql(q{SELECT count(*) > 0 FROM userpilot_requests WHERE outcome = 'slot taken'}) eq 't' });
+ok(1, 'a job in such a status is not taken to be in the slot, before a submission says so');
+$api->finish_jobs;
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, '... and all is delivered once it is free',
+	companies => 'SELECT * FROM account_meta');
+
+# --- a job that is in the list only ---
+
+foreach my $format ('json', 'ndjson')
+{
+	set_option('bulk_format', $format);
+	survives("$format job that polls do not find", { status => 404 }, '^/v1/background_jobs/.', 'bulk', qr/unknown/,
+		times => 1000);
+	is(jobs_said(), 'completed 31', '... ends with what the list says');
+	is(sql(q{SELECT max(attempts) FROM userpilot_jobs}), 1, '... and was submitted once');
+}
+
+# The first run has failed, the answer to the second is lost: the list has both
+$api->fault({ job => 'fail_half' }, match => { path => $bulk }, times => 1);
+$api->fault({ drop => 'after' }, match => { path => $bulk }, skip => 1, times => 1);
+forget($node, 'postgres', 'requests', 'jobs');
+change('bulk');
+delivered($node, 'postgres');
+is(jobs_said(), 'completed 31', 'the second run is found, not the first');
+is(sql('SELECT max(attempts) FROM userpilot_jobs'), 2, '... which had another name');
+$api->no_faults;
+oracle_equals($node, 'postgres', $api, '... and is what counts', companies => 'SELECT * FROM account_meta');
+
 # --- somebody else's job ---
 
 $api->foreign_job(100_000);
@@ -135,7 +177,7 @@ is(sql('SELECT count(*) FROM userpilot_jobs WHERE error IS NOT NULL AND finished
 	0, '... which is no error');
 
 is(dead_letters($node, 'postgres'), 0, 'nothing died');
-is($api->counters->{conflicts_own}, 0, 'no job of ours met another of ours');
+is($api->counters->{conflicts_own}, 1, 'no job of ours met another of ours, but the one given up');
 no_violations($api, 'jobs');
 
 done_testing();

@@ -77,7 +77,10 @@ static const Line lines[] = {
 	{P | L, ANS, 200, 299, GARBLED, DELIVERY_BACKOFF, false},
 
 	/* the wrong place, the wrong key */
-	{I | S, ANS, 300, 399, 0, DELIVERY_PAUSE, false},
+	{I, ANS, 300, 399, ALONE, DELIVERY_OUTAGE, false},
+	{I, ANS, 300, 399, LAST, DELIVERY_DEAD, true},
+	{I, ANS, 300, 399, 0, DELIVERY_BACKOFF, true},
+	{S, ANS, 300, 399, 0, DELIVERY_OUTAGE, false},
 	{P | L, ANS, 300, 399, 0, DELIVERY_BACKOFF, false},
 	{I | S | P | L, ANS, 401, 401, 0, DELIVERY_PAUSE, false},
 	{I | S | P | L, ANS, 403, 403, 0, DELIVERY_PAUSE, false},
@@ -189,6 +192,8 @@ cell_passes(const DeliveryAnswer *a, bool sane, int64 wait_ms)
 
 	waits = line != NULL && line->action == DELIVERY_THROTTLE && wait_ms >= 0;
 	if (line != NULL && d.action == line->action && d.counts == line->counts &&
+		d.refused == (d.action == DELIVERY_DEAD && a->transport == DELIVERY_ANSWERED &&
+					  a->status / 100 == 4 && a->status != 408 && a->status != 425) &&
 		d.wait_given == waits && d.wait_ms == (waits ? wait_ms : 0))
 		return true;
 	if (++nshown <= 20)
@@ -377,7 +382,9 @@ test_job_end(void)
 		{"completed", 100, 100, DELIVERY_JOB_COMPLETED},
 		{"completed", -1, 101, DELIVERY_JOB_COMPLETED},
 		{"completed", 99, -1, DELIVERY_JOB_SHORT},
-		{"completed", 101, 101, DELIVERY_JOB_SHORT},
+		{"completed", 101, 101, DELIVERY_JOB_COMPLETED},
+		{"completed", 0, 100, DELIVERY_JOB_COMPLETED},
+		{"completed", 101, 100, DELIVERY_JOB_SHORT},
 		{"completed", 100, 99, DELIVERY_JOB_SHORT},
 		{"completed", -1, 0, DELIVERY_JOB_SHORT},
 		{"completed", 0, -1, DELIVERY_JOB_SHORT},
@@ -397,8 +404,16 @@ test_job_end(void)
 
 	for (i = 0; i < (int) lengthof(ends); i++)
 		passes = delivery_job_end(ends[i].status, 100, ends[i].total,
-								  ends[i].completed) == ends[i].end && passes;
+								  ends[i].completed, false) == ends[i].end && passes;
 	check(passes, "how a job ended");
+	passes = delivery_job_end("processing", 100, 100, 100, true) == DELIVERY_JOB_RUNNING &&
+		delivery_job_end("pending_refresh", 100, 100, 100, true) == DELIVERY_JOB_COMPLETED &&
+		delivery_job_end("pending_refresh", 100, 100, 99, true) == DELIVERY_JOB_RUNNING &&
+		delivery_job_end("pending_refresh", 100, -1, -1, true) == DELIVERY_JOB_RUNNING &&
+		delivery_job_end("cancelled", 100, 100, 100, true) == DELIVERY_JOB_STRANGE &&
+		delivery_job_end("", 100, -1, -1, true) == DELIVERY_JOB_STRANGE &&
+		delivery_job_end("failed", 100, 100, 100, true) == DELIVERY_JOB_FAILED;
+	check(passes, "... and one that is overdue");
 }
 
 int
@@ -408,10 +423,8 @@ main(void)
 	test_names();
 	test_backoff("an entity backs off 1 s to 10 min, full jitter",
 				 delivery_entity_backoff, 600000, 0.0, 1.0);
-	test_backoff("a throttled lane backs off 1 s to 60 s, half fixed",
-				 delivery_throttle_backoff, 60000, 0.5, 1.0);
-	test_backoff("probes of an outage back off 1 s to 60 s at least",
-				 delivery_outage_backoff, 60000, 1.0, 1.5);
+	test_backoff("a lane backs off 1 s to 60 s at least",
+				 delivery_lane_backoff, 60000, 1.0, 1.5);
 	test_jobs();
 	test_job_end();
 	printf("1..%d\n", ntests);
