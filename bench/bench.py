@@ -128,8 +128,8 @@ def report(bench, arguments, results, seconds):
             first_line("nginx", "-v"), platform.python_version()),
         "- settings: %s" % settings,
         "- rows with time passing %d times faster (`userpilot.time_scale`): "
-        "prepare, backlog, latency-cold, delivered, idle, memory" %
-        deliver.SCALE,
+        "prepare, latency-cold, delivered, idle, memory; %d times: backlog" %
+        (deliver.SCALE, deliver.SCALE // 10),
         "- sizes: %s" % sizes, "",
         "Again: `make bench`; one row: `make bench ONLY=%s`." %
         next(iter(results)), ""]

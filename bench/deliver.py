@@ -369,7 +369,8 @@ def prepare(bench):
 def backlog(bench):
     rows, accounts = bench.size("backlog")
     n = bench.size("latency") // 2
-    with fresh(bench, "backlog", SCALE) as session, Sink() as sink:
+    # a job in the slot is believed for half an hour: that is to be longer
+    with fresh(bench, "backlog", SCALE // 10) as session, Sink() as sink:
         sink.occupied = True
         environment(session, sink.url)
         session.query("INSERT INTO accounts SELECT i, properties(i) FROM "

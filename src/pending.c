@@ -133,6 +133,14 @@ pending_recall(Realtime *rt, int64 now)
 	rt->later_at = later_at;
 }
 
+/* Rows of what the bulk lane handed over leave the room of what is fresh alone */
+static void
+count_rows(Realtime *rt, const Pending *pending, int n)
+{
+	if (!pending->solo)
+		rt->rows += n;
+}
+
 static Pending *
 pending_create(Realtime *rt, EntityKey key)
 {
@@ -163,7 +171,7 @@ pending_free(Realtime *rt, Pending *pending)
 {
 	dlist_delete(&pending->node);
 	entities_delete(rt->pending, pending->key);
-	rt->rows -= pending->nrows;
+	count_rows(rt, pending, -pending->nrows);
 	rt->solos -= pending->solo;
 	MemoryContextDelete(pending->context);
 }
@@ -200,7 +208,7 @@ pending_add(Realtime *rt, const QueueRow *row)
 	}
 	pending->rows[pending->nrows++] = queue_row_copy(row);
 	MemoryContextSwitchTo(old);
-	rt->rows++;
+	count_rows(rt, pending, 1);
 	return pending;
 }
 
@@ -215,6 +223,7 @@ pending_add_solo(Realtime *rt, const QueueRow *row, bool helped)
 		pending = pending_add(rt, row);
 	if (!pending->solo)
 	{
+		count_rows(rt, pending, -pending->nrows);
 		pending->solo = true;
 		rt->solos++;
 		dlist_delete(&pending->node);
@@ -245,7 +254,7 @@ pending_forget(Realtime *rt, EntityKey key, const ItemPointerData *tid, uint64 l
 				(pending->nrows - i - 1) * sizeof(QueueRow *));
 		pending->nrows--;
 		pending->nprovisional -= i < pending->nprovisional;
-		rt->rows--;
+		count_rows(rt, pending, -1);
 		return;
 	}
 }
@@ -276,7 +285,7 @@ pending_drop_sent(Realtime *rt, Pending *pending)
 		return;
 	}
 	memmove(pending->rows, pending->rows + pending->nsent, left * sizeof(QueueRow *));
-	rt->rows -= pending->nsent;
+	count_rows(rt, pending, -pending->nsent);
 	pending->nrows = left;
 	pending->nprovisional = Max(pending->nprovisional - pending->nsent, 0);
 	pending_wait(rt, pending, pace(rt, pending->key));

@@ -92,9 +92,9 @@ typedef struct QueueSeen
 /*
  * The look: real-time rows of a server that became visible since an earlier
  * one, or all of them (*seen is NULL), in the order of their transactions; at
- * most limit.  Replaces *seen, in context.
+ * most limit.  Replaces *seen, in context.  Returns whether these are all.
  */
-extern void queue_look(const char *server, QueueSeen **seen, MemoryContext context, int limit,
+extern bool queue_look(const char *server, QueueSeen **seen, MemoryContext context, int limit,
 					   QueueRowHandler handler, void *arg);
 
 /*

@@ -136,7 +136,7 @@ seen_now(MemoryContext context)
 	return seen;
 }
 
-void
+bool
 queue_look(const char *server, QueueSeen **seen, MemoryContext context, int limit,
 		   QueueRowHandler handler, void *arg)
 {
@@ -169,4 +169,5 @@ queue_look(const char *server, QueueSeen **seen, MemoryContext context, int limi
 	if (*seen)
 		pfree(*seen);
 	*seen = seen_now(context);
+	return look.left > 0;
 }

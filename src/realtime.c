@@ -113,7 +113,8 @@ realtime_look(Sender *sender)
 {
 	Realtime   *rt = &sender->rt;
 
-	queue_look(sender->env->server, &rt->seen, rt->context, MAX_ROWS + 1, look_row, rt);
+	if (!queue_look(sender->env->server, &rt->seen, rt->context, MAX_ROWS + 1, look_row, rt))
+		rt->overflow = true;
 	if (realtime_backlogged(sender))
 		sender->bulk.dirty = true;
 }

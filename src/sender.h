@@ -87,7 +87,7 @@ typedef struct Realtime
 	dlist_head	calling;
 	int			nready;
 	int			ncalling;
-	int			rows;			/* of all pending entities */
+	int			rows;			/* pending, but for those of solos */
 	int			solos;
 	QueueSeen  *seen;			/* by the last look, NULL: none yet */
 	bool		overflow;		/* more is queued than fits */
