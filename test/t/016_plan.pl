@@ -140,7 +140,7 @@ put_back($job, 'the worker was killed');
 all_have(4, 'a job that had not left when the server crashed is bound anew');
 
 # the first does not end: what was prepared beside it is not held with it
-$api->fault({ job => 'stuck', status => 'processing' }, match => { path => '/bulk_identify$' });
+$api->fault({ job => 'stuck', status => 'validating' }, match => { path => '/bulk_identify$' });
 in_units(5);
 $api->no_faults;
 $job = ahead();
