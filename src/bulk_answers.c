@@ -137,6 +137,7 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 			break;
 		case DELIVERY_SHRINK:
 			bulk->record_limit = Max(bulk->current->job.records / 2, 1);
+			bulk->since_shrunk = 0;
 			bulk_refused(sender, error, true);
 			bulk_enter(bulk, BULK_ASK, now);
 			break;

@@ -102,7 +102,7 @@ look_scan(Look *look, StrategyNumber strategy, RegProcedure comparison, uint64 x
 		if (!DatumGetBool(slot_getattr(look->slot, QUEUE_BULK + 1, &isnull)) &&
 			is_new(look->since, slot_getattr(look->slot, QUEUE_XID + 1, &isnull)))
 			look->left -= queue_handle_slot(look->slot, look->server, look->server_len,
-									  look->per_row, look->handler, look->arg);
+											look->per_row, look->handler, look->arg);
 		ExecClearTuple(look->slot);
 	}
 	systable_endscan(scan);

@@ -78,7 +78,7 @@ is_server(TupleTableSlot *slot, const char *server, int len)
 
 bool
 queue_handle_slot(TupleTableSlot *slot, const char *server, int server_len,
-			MemoryContext per_row, QueueRowHandler handler, void *arg)
+				  MemoryContext per_row, QueueRowHandler handler, void *arg)
 {
 	MemoryContext old = MemoryContextSwitchTo(per_row);
 	QueueRow	row;

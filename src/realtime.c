@@ -9,7 +9,6 @@
  */
 #include "postgres.h"
 
-#include "utils/datum.h"
 #include "utils/memutils.h"
 
 #include "api.h"
