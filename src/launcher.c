@@ -27,11 +27,12 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "quota.h"
 #include "settings.h"
 #include "state.h"
 #include "worker.h"
 
-/* A visited database's worker that lives so long has work (real ms) */
+/* A visit takes so long at most (real ms) */
 #define VISIT_MS 500
 
 /* Workers this launcher has started and not yet seen end */
@@ -173,7 +174,11 @@ start_wanted(void)
 	}
 }
 
-/* One database after the other, so that a visit takes one worker slot */
+/*
+ * One database after the other, so that a visit takes one worker slot: until
+ * its worker has ended, or has read what there is to count.  When all have,
+ * calls may be made.
+ */
 static void
 visit_all(void)
 {
@@ -182,22 +187,26 @@ visit_all(void)
 	MemoryContext old = MemoryContextSwitchTo(context);
 	List	   *databases = all_databases();
 	ListCell   *lc;
+	bool		counted = true;
 
 	MemoryContextSwitchTo(old);
 	foreach(lc, databases)
 	{
 		int64		began = clock_now();
 
-		state_launcher_visit(lfirst_oid(lc));
+		counted &= state_launcher_visit(lfirst_oid(lc));
 		(void) start_wanted();
-		while (is_running(lfirst_oid(lc)) &&
+		while (is_running(lfirst_oid(lc)) && !state_launcher_counted(lfirst_oid(lc)) &&
 			   clock_real_ms(clock_now() - began) < VISIT_MS)
 		{
 			nap(VISIT_MS);
 			notice_ends();
 			(void) start_wanted();
 		}
+		counted &= state_launcher_counted(lfirst_oid(lc));
 	}
+	if (counted)
+		quota_open();
 	MemoryContextDelete(context);
 }
 

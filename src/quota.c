@@ -26,8 +26,20 @@
 /* A worker that waits for the slot asks again within so long (API ms) */
 #define WAITER_MS 5000
 
-/* Databases that can share an application and have their ledgers counted */
-#define SEEDS 16
+/* Ledgers that are remembered to have been counted for an application */
+#define SEEDS 64
+
+/* What the ledgers of before say counts for a minute after a start (API ms);
+ * until they are counted it is asked for again so often (real ms) */
+#define CLOSED_MS (60 * 1000)
+#define CLOSED_RETRY_MS 50
+
+/* A server's calls are counted by its database */
+typedef struct Seed
+{
+	Oid			database;
+	Oid			server;
+} Seed;
 
 typedef struct Application
 {
@@ -41,12 +53,13 @@ typedef struct Application
 	int64		job_waiting;	/* ... and when it last did */
 	int64		used_at;
 	int			nseeded;
-	Oid			seeded[SEEDS];	/* databases whose ledger has been counted */
+	Seed		seeded[SEEDS];	/* whose ledger has been counted */
 } Application;
 
 typedef struct QuotaShared
 {
 	LWLock	   *lock;
+	int64		closed_until;	/* not all ledgers have been counted */
 	int			n;
 	Application applications[FLEXIBLE_ARRAY_MEMBER];
 } QuotaShared;
@@ -81,7 +94,20 @@ quota_startup(void)
 		return;
 	memset(shared, 0, quota_size());
 	shared->lock = &(GetNamedLWLockTranche(QUOTA_TRANCHE))->lock;
+	shared->closed_until = clock_now() + CLOSED_MS;
 	shared->n = userpilot_max_databases;
+}
+
+/*
+ * Every database has counted its ledgers.  None may call before: another, whose
+ * worker has not come to it yet, may have used up the minute's calls.
+ */
+void
+quota_open(void)
+{
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	shared->closed_until = 0;
+	LWLockRelease(shared->lock);
 }
 
 /* The application's record; the least recently used one gives way */
@@ -159,7 +185,9 @@ quota_calls_take(uint64 application, int per_minute, int wanted,
 	*wait_until = now + BIN_MS;
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	app = application_find(application);
-	if (app != NULL)
+	if (now < shared->closed_until)
+		*wait_until = Min(shared->closed_until, now + clock_api_ms(CLOSED_RETRY_MS));
+	else if (app != NULL)
 	{
 		app->used_at = now;
 		granted = Min(wanted, per_minute - calls_counted(app, now));
@@ -173,11 +201,11 @@ quota_calls_take(uint64 application, int per_minute, int wanted,
 }
 
 /*
- * What this database's ledger says was called before shared memory was new:
- * counts as ended now, once.
+ * What a server's ledger says was called before shared memory was new: counts
+ * as ended now, once.
  */
 void
-quota_calls_seed(uint64 application, int n, int64 now)
+quota_calls_seed(uint64 application, Oid server, int n, int64 now)
 {
 	Application *app;
 	bool		known = false;
@@ -185,10 +213,11 @@ quota_calls_seed(uint64 application, int n, int64 now)
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	app = application_find(application);
 	for (int i = 0; app != NULL && i < app->nseeded; i++)
-		known |= app->seeded[i] == MyDatabaseId;
-	if (app != NULL && !known && app->nseeded < SEEDS)
+		known |= app->seeded[i].database == MyDatabaseId && app->seeded[i].server == server;
+	if (app != NULL && !known)
 	{
-		app->seeded[app->nseeded++] = MyDatabaseId;
+		if (app->nseeded < SEEDS)
+			app->seeded[app->nseeded++] = (Seed) {MyDatabaseId, server};
 		(void) calls_counted(app, now);
 		app->ended[app->last_bin % BINS] += n;
 	}

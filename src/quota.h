@@ -11,13 +11,16 @@
 extern Size quota_size(void);
 extern void quota_startup(void);
 
+/* The launcher: every database has seeded what its ledgers say */
+extern void quota_open(void);
+
 /* Everything this process holds, whatever ends it */
 extern void quota_give_back(void);
 
 /* An application is told by its fingerprint; times are API ms */
 extern int	quota_calls_take(uint64 application, int per_minute, int wanted,
 							 int64 now, int64 *wait_until);
-extern void quota_calls_seed(uint64 application, int n, int64 now);
+extern void quota_calls_seed(uint64 application, Oid server, int n, int64 now);
 /* ... which are not made after all */
 extern void quota_calls_return(uint64 application, int n);
 extern void quota_calls_ended(uint64 application, int n, int64 now);

@@ -47,6 +47,7 @@ typedef struct StateSlot
 	bool		attached;		/* the worker asked for has come to be */
 	bool		left_cleanly;	/* the last worker said good-bye */
 	bool		progressed;
+	bool		counted;		/* a worker has seeded what the ledgers say */
 	int			failures;		/* unclean ends without progress */
 	int64		not_before;		/* API ms; no start before */
 	int64		due_at;			/* API ms; start then, 0: never */
@@ -160,6 +161,7 @@ slot_find(Oid database, bool create)
 		slot->worker_pid = 0;
 		slot->worker_latch = NULL;
 		slot->left_cleanly = true;
+		slot->counted = false;
 		slot->failures = 0;
 		slot->not_before = 0;
 		slot->due_at = 0;
@@ -424,6 +426,20 @@ state_worker_vacate(void)
 }
 
 void
+state_worker_counted(void)
+{
+	Latch	   *latch = NULL;
+
+	SpinLockAcquire(&my_slot->mutex);
+	if (!my_slot->counted)
+		latch = shared->launcher_latch;
+	my_slot->counted = true;
+	SpinLockRelease(&my_slot->mutex);
+	if (latch != NULL)
+		SetLatch(latch);
+}
+
+void
 state_worker_progress(void)
 {
 	my_slot->progressed = true;
@@ -472,17 +488,28 @@ state_launcher_present(void)
 	return shared != NULL && shared->launcher_pid != 0;
 }
 
-void
+/* false: there is no slot for it */
+bool
 state_launcher_visit(Oid database)
 {
 	StateSlot  *slot = slot_find(database, true);
 
 	if (slot == NULL)
-		return;
+		return false;
 	SpinLockAcquire(&slot->mutex);
 	if (slot->worker_latch == NULL)
 		slot->wanted = true;
 	SpinLockRelease(&slot->mutex);
+	return true;
+}
+
+/* One that has been vacated has nothing to count */
+bool
+state_launcher_counted(Oid database)
+{
+	StateSlot  *slot = slot_find(database, false);
+
+	return slot == NULL || slot->counted;
 }
 
 /*

@@ -34,6 +34,7 @@ extern bool state_worker_leave(uint64 seen_changes, int64 due_at);
 extern bool state_worker_leave_unserved(int64 until);
 extern void state_worker_retreat(int64 due_at);
 extern void state_worker_vacate(void);	/* nothing is ever to do here */
+extern void state_worker_counted(void); /* what it called is known again */
 extern void state_worker_progress(void);	/* it got something done */
 extern int	state_worker_pid(Oid database); /* 0: none */
 
@@ -47,7 +48,8 @@ typedef enum StateLaunch
 
 extern void state_launcher_attach(void);
 extern bool state_launcher_present(void);
-extern void state_launcher_visit(Oid database);	/* ask for a worker there */
+extern bool state_launcher_visit(Oid database);	/* ask for a worker there */
+extern bool state_launcher_counted(Oid database);	/* ... it has counted */
 extern StateLaunch state_launcher_next(int64 now, Oid *database, uint64 *start,
 									   int64 *wait_until);
 extern void state_launcher_started(Oid database, bool registered);

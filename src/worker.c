@@ -176,7 +176,7 @@ add_sender(Oid serverid)
 	}
 	bulk_recover(sender);
 	calls = ledger_recent_calls(sender->env->server, sender_call_delay(sender));
-	quota_calls_seed(sender->env->fingerprint,
+	quota_calls_seed(sender->env->fingerprint, serverid,
 					 Min(calls, sender->env->requests_per_minute), clock_now());
 	senders = senders ? repalloc(senders, (nsenders + 1) * sizeof(Sender *)) :
 		MemoryContextAlloc(TopMemoryContext, sizeof(Sender *));
@@ -209,6 +209,7 @@ load_senders(void)
 		if (!senders[i]->stale)
 			sender_report(senders[i], clock_now(), false);
 	step_end(false);
+	state_worker_counted();
 
 	for (int i = nsenders - 1; i >= 0; i--)
 	{

@@ -154,4 +154,41 @@ $counters = $api->counters;
 is($counters->{conflicts_own}, 0, '... one job at a time');
 cmp_ok($counters->{max_identify_per_minute}, '<=', 600, '... and within the limit');
 
+# --- a crash: what the others called counts, whoever is at work first ---
+
+my $slow_api  = Userpilot::StandIn->new(scale => 10);
+my $slow_node = new_node('shared_key_crash', scale => 10);
+my $each      = 300;
+
+$slow_node->safe_psql('postgres', 'CREATE DATABASE second');
+$slow_api->pause;
+foreach my $db (@dbs)
+{
+	foreach my $server (sort keys %servers)
+	{
+		create_environment($slow_node, $db, $slow_api, server => $server);
+		$slow_node->safe_psql(
+			$db, qq{
+			SET userpilot.server = '$server';
+			DO \$\$
+			BEGIN
+				FOR i IN 1..$each LOOP
+					PERFORM userpilot_identify_company('$db $server ' || i, '{"a": 1}');
+					IF i % 100 = 0 THEN COMMIT; END IF;
+				END LOOP;
+			END \$\$});
+	}
+}
+$slow_api->go_on;
+until_true('the minute is nearly used up',
+	sub { return ($slow_api->counters->{calls}{identify} // 0) >= 540; });
+$slow_node->stop('immediate');
+$slow_node->start;
+delivered($slow_node, $_) foreach @dbs;
+$counters = $slow_api->counters;
+cmp_ok($counters->{calls}{identify}, '>=', 4 * $each, 'a crash: all was called');
+cmp_ok($counters->{max_identify_per_minute}, '<=', 600, '... within the limit');
+is(scalar(keys %{ $slow_api->get('/_/state?kind=companies') }), 4 * $each, '... and has come');
+no_violations($slow_api, 'crash');
+
 done_testing();
