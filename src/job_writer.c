@@ -82,6 +82,7 @@ job_writer_add(JobWriter *writer, Profile *profile, const JobRow *rows, int nrow
 	profile->attempts++;
 	profile->job = held->job.id;
 	held_job_add(held, key, rows, nrows);
+	held->unsure |= profile->merge->more;	/* its rows stay, for what is left */
 	held->job.records++;
 	held->job.bytes += *bytes;
 	writer->marked[writer->nmarked++] = profile;

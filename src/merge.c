@@ -34,6 +34,7 @@
 #endif
 
 #include "merge.h"
+#include "userpilot.h"
 
 /*
  * Whether a direct change is later than a batch can only be told when the
@@ -515,20 +516,34 @@ decide_key(MergeKey *key)
 	}
 }
 
-/*
- * Decides every key; returns how many are to be sent.  "sending" points into
- * the entity and is good until the next change is folded in.
- */
+static void
+leave_key(MergeKey *key)
+{
+	key->send = false;
+	key->after = key->version;
+	key->changed = false;
+}
+
+/* "sending" points into the entity: good until the next change is folded in */
 int
 merge_finish(MergeEntity *entity)
 {
 	int			nsend = 0;
+	int			nproperties = 0;
 	int			i;
 
+	entity->more = false;
 	for (i = 0; i < entity->nkeys; i++)
 	{
-		decide_key(&entity->keys[i]);
-		nsend += entity->keys[i].send ? 1 : 0;
+		MergeKey   *key = &entity->keys[i];
+
+		decide_key(key);
+		if (key->send && key->namelen > 0 && ++nproperties > USERPILOT_MAX_PROPERTIES)
+		{
+			leave_key(key);
+			entity->more = true;
+		}
+		nsend += key->send ? 1 : 0;
 	}
 	return nsend;
 }

@@ -129,6 +129,7 @@ typedef struct MergeEntity
 	MergeKey   *keys;
 	int			next;			/* where the next key is likely to be */
 	int		   *sorted;			/* indexes into keys, in some order of names */
+	bool		more;			/* set by merge_finish: another body is needed */
 	size_t		bytes;			/* memory held, roughly */
 } MergeEntity;
 
@@ -157,8 +158,12 @@ extern void merge_change(MergeEntity *entity, uint64 lsn, uint64 xid,
 						 const MergeBatch *batch,
 						 const MergeProperty *props, int nprops);
 
-/* Decides every key; returns how many are to be sent.  May be called again
- * after more changes have been folded in. */
+/*
+ * Decides every key; returns how many are to be sent.  May be called again
+ * after more changes have been folded in.  Changes that each fit into a body
+ * may name more properties together than Userpilot takes in one: the rest is
+ * as if it were not there yet, and "more" says so.
+ */
 extern int	merge_finish(MergeEntity *entity);
 
 /*

@@ -125,6 +125,8 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 			MemoryContextSwitchTo(old);
 			profile->attempts = 0;
 			pending->failed_at = 0;
+			if (profile->merge->more)
+				pending->nsent = 0; /* its rows stay, for what is left of them */
 			learned[(*nlearned)++] = pending;
 			break;
 		case DELIVERY_DEAD:

@@ -159,6 +159,30 @@ foreach my $call ('userpilot_identify_company', 'userpilot_bulk_identify_users')
 }
 is(sql('SELECT count(*) FROM userpilot_queue'), 0, '... and queues nothing');
 
+# --- changes of 300 properties each, together more than a body takes ---
+
+sub properties
+{
+	my ($from, $to) = @_;
+
+	return "(SELECT jsonb_object_agg('p' || i, i) FROM generate_series($from, $to) i)";
+}
+
+start_over();
+sql('TRUNCATE accounts; INSERT INTO accounts SELECT i, ' . properties(1, 600) . ' FROM generate_series(1, 4) i');
+sql("BEGIN; SELECT userpilot_identify_user('1', " . properties(1, 300) . q{, 'c');
+	SELECT userpilot_identify_user('1', } . properties(301, 600) . '); COMMIT');
+sql("BEGIN; SELECT userpilot_bulk_identify_companies(i, " . properties(1, 300) . q{) FROM generate_series(1, 4) i;
+	SELECT userpilot_bulk_identify_companies(i, } . properties(301, 600) . ') FROM generate_series(1, 4) i; COMMIT');
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, '600 properties of two changes', @all,
+	users => q{SELECT id, metadata, 'c' AS company_id FROM accounts WHERE id = '1'});
+is(sql('SELECT count(*) FROM userpilot_dead_letters'), 0, '... none of them dead');
+is($api->counters->{calls}{identify}, 2, '... in two calls of a user');
+is(sql(q{SELECT string_agg(status || ' ' || records, ', ' ORDER BY id) FROM userpilot_jobs}),
+	'completed 4, completed 4', '... and two jobs of companies');
+no_violations($api, '600 properties');
+
 # --- ids of every sort, through every way, in three encodings ---
 
 my %more = (
