@@ -23,6 +23,7 @@ typedef enum AnswerClass
 {
 	ANSWER_UNREACHED,			/* nothing left us */
 	ANSWER_LOST,				/* no final answer: anything may have happened */
+	ANSWER_DROPPED,				/* the same: a kept connection came to its end */
 	ANSWER_OK,					/* 2xx that says what it must */
 	ANSWER_GARBLED,				/* 2xx that does not */
 	ANSWER_REDIRECT,			/* 3xx, never followed */
@@ -47,6 +48,7 @@ typedef enum Rule
 	RULE_WAIT,					/* ask again later, nothing is at stake */
 	RULE_WAIT_OR_OUTAGE,		/* outage unless others succeed */
 	RULE_RETRY,					/* as before, but attempts are limited */
+	RULE_AGAIN,					/* as before, but never an outage */
 	RULE_UNKNOWN,				/* the job may exist */
 	RULE_UNKNOWN_OR_SPLIT,		/* as before, but not for ever */
 	RULE_SHRINK,				/* too many records, or one that is too large */
@@ -62,6 +64,7 @@ static const Rule rules[][4] = {
 	/* DELIVERY_IDENTIFY, DELIVERY_SUBMIT, DELIVERY_POLL, DELIVERY_LIST */
 	[ANSWER_UNREACHED] = {RULE_OUTAGE, RULE_OUTAGE, RULE_OUTAGE, RULE_OUTAGE},
 	[ANSWER_LOST] = {RULE_RETRY, RULE_UNKNOWN, RULE_OUTAGE, RULE_OUTAGE},
+	[ANSWER_DROPPED] = {RULE_AGAIN, RULE_UNKNOWN, RULE_WAIT, RULE_OUTAGE},
 	[ANSWER_OK] = {RULE_LEARN, RULE_LEARN, RULE_LEARN, RULE_LEARN},
 	[ANSWER_GARBLED] = {RULE_LEARN, RULE_UNKNOWN, RULE_WAIT, RULE_WAIT},
 	[ANSWER_REDIRECT] = {RULE_RETRY, RULE_OUTAGE, RULE_WAIT, RULE_WAIT},
@@ -131,6 +134,8 @@ classify(const DeliveryAnswer *answer)
 		return ANSWER_UNREACHED;
 	if (answer->transport == DELIVERY_LOST)
 		return ANSWER_LOST;
+	if (answer->transport == DELIVERY_DROPPED)
+		return ANSWER_DROPPED;
 
 	/* 1xx is not final; what is below or above is not HTTP */
 	if (answer->status < 200 || answer->status > 599)
@@ -182,12 +187,13 @@ apply_rule(Rule rule, const DeliveryAnswer *answer, DeliveryDecision *decision)
 			action = others ? DELIVERY_BACKOFF : DELIVERY_OUTAGE;
 			break;
 		case RULE_RETRY:
-			if (!others)
-				action = DELIVERY_OUTAGE;
-			else if (answer->attempts >= answer->max_attempts)
+		case RULE_AGAIN:
+			if (others && answer->attempts >= answer->max_attempts)
 				action = DELIVERY_DEAD;
-			else
+			else if (others || rule == RULE_AGAIN)
 				action = DELIVERY_BACKOFF;
+			else
+				action = DELIVERY_OUTAGE;
 			counts = others;
 			break;
 		case RULE_UNKNOWN:
@@ -212,7 +218,7 @@ apply_rule(Rule rule, const DeliveryAnswer *answer, DeliveryDecision *decision)
 	}
 	decision->action = action;
 	decision->counts = counts;
-	decision->refused = action == DELIVERY_DEAD && rule != RULE_RETRY;
+	decision->refused = action == DELIVERY_DEAD && rule != RULE_RETRY && rule != RULE_AGAIN;
 }
 
 /*

@@ -20,7 +20,9 @@ typedef enum DeliveryTransport
 {
 	DELIVERY_ANSWERED,			/* a complete HTTP answer */
 	DELIVERY_NOT_SENT,			/* DNS, connect, TLS: nothing left us */
-	DELIVERY_LOST				/* may have been applied; we cannot know */
+	DELIVERY_LOST,				/* may have been applied; we cannot know */
+	DELIVERY_DROPPED			/* the same, but it only shows that a connection
+								 * that was kept has come to its end */
 } DeliveryTransport;
 
 typedef struct DeliveryAnswer

@@ -61,6 +61,8 @@ typedef struct HttpResult
 	char		request_id[128];	/* x-request-id, printable, or "" */
 	int			retry_after;	/* seconds, -1 if absent or unreadable */
 	bool		too_long;		/* lost because of its length */
+	bool		dropped;		/* lost with a connection that was kept: it says
+								 * nothing of the server */
 	double		ms;
 	int64		bytes_sent;		/* of the body */
 	char		error[256];		/* in words, without key; "" if answered */

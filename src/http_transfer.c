@@ -50,7 +50,10 @@ note_begun(void *arg, char *primary_ip, char *local_ip, int primary_port,
 	HttpTransfer   *transfer = (HttpTransfer *) arg;
 
 	if (transfer->begun)
+	{
 		transfer->refusal = "the kept connection was closed without an answer";
+		transfer->result.dropped = true;
+	}
 	transfer->begun = true;
 	return transfer->refusal ? CURL_PREREQFUNC_ABORT : CURL_PREREQFUNC_OK;
 }

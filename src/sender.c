@@ -234,7 +234,7 @@ sender_answer(const Sender *sender, DeliveryCall call, const HttpResult *result)
 			answer.transport = DELIVERY_NOT_SENT;
 			break;
 		case HTTP_LOST:
-			answer.transport = DELIVERY_LOST;
+			answer.transport = result->dropped ? DELIVERY_DROPPED : DELIVERY_LOST;
 			/* a list that grows for ever is no outage */
 			if (call == DELIVERY_LIST && result->too_long)
 			{

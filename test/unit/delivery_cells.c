@@ -25,6 +25,7 @@
 #define ANS (1 << DELIVERY_ANSWERED)
 #define NOT (1 << DELIVERY_NOT_SENT)
 #define LOST (1 << DELIVERY_LOST)
+#define DROP (1 << DELIVERY_DROPPED)
 
 /* What else it asks for */
 #define OTHERS (1 << 0)			/* others succeed */
@@ -57,6 +58,14 @@ static const Line lines[] = {
 	{I, LOST, 0, 999, ALONE, DELIVERY_OUTAGE, false},
 	{I, LOST, 0, 999, LAST, DELIVERY_DEAD, true},
 	{I, LOST, 0, 999, 0, DELIVERY_BACKOFF, true},
+
+	/* a kept connection's end is no outage: a new one will tell */
+	{S, DROP, 0, 999, 0, DELIVERY_UNKNOWN, true},
+	{P, DROP, 0, 999, 0, DELIVERY_BACKOFF, false},
+	{L, DROP, 0, 999, 0, DELIVERY_OUTAGE, false},
+	{I, DROP, 0, 999, ALONE, DELIVERY_BACKOFF, false},
+	{I, DROP, 0, 999, LAST, DELIVERY_DEAD, true},
+	{I, DROP, 0, 999, 0, DELIVERY_BACKOFF, true},
 
 	/* what is no final HTTP status is no answer */
 	{S, ANS, 0, 199, 0, DELIVERY_UNKNOWN, true},
@@ -248,7 +257,7 @@ static void
 test_decisions(void)
 {
 	static const char *const calls[] = {"identify", "submit", "poll", "list"};
-	static const char *const transports[] = {"answered", "not sent", "lost"};
+	static const char *const transports[] = {"answered", "not sent", "lost", "dropped"};
 	char		name[64];
 	int			c;
 	int			t;
