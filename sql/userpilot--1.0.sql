@@ -189,6 +189,7 @@ CREATE INDEX userpilot_jobs_open ON userpilot_jobs (id) WHERE finished_at IS NUL
 REVOKE ALL ON TABLE userpilot_jobs FROM PUBLIC;
 
 COMMENT ON TABLE userpilot_jobs IS 'Bulk jobs, newest last; kept for userpilot.retention.';
+COMMENT ON SEQUENCE userpilot_jobs_id_seq IS 'Of userpilot_jobs.id.';
 COMMENT ON COLUMN userpilot_jobs.id IS 'Ours; job_id is Userpilot''s.';
 COMMENT ON COLUMN userpilot_jobs.server IS 'Foreign server.';
 COMMENT ON COLUMN userpilot_jobs.kind IS 'company or user.';
@@ -244,6 +245,7 @@ CREATE INDEX userpilot_requests_entity ON userpilot_requests (entity_id) WHERE e
 REVOKE ALL ON TABLE userpilot_requests FROM PUBLIC;
 
 COMMENT ON TABLE userpilot_requests IS 'HTTP calls, as userpilot.log_requests asks; kept for userpilot.retention.';
+COMMENT ON SEQUENCE userpilot_requests_id_seq IS 'Of userpilot_requests.id.';
 COMMENT ON COLUMN userpilot_requests.id IS 'Order of the answers.';
 COMMENT ON COLUMN userpilot_requests.at IS 'When the answer came, or the call was given up.';
 COMMENT ON COLUMN userpilot_requests.server IS 'Foreign server.';
@@ -281,6 +283,7 @@ CREATE INDEX userpilot_dead_letters_entity ON userpilot_dead_letters (server, ki
 REVOKE ALL ON TABLE userpilot_dead_letters FROM PUBLIC;
 
 COMMENT ON TABLE userpilot_dead_letters IS 'Changes that Userpilot refused for good, as they were queued, with the reason. userpilot_retry() moves them back.';
+COMMENT ON SEQUENCE userpilot_dead_letters_id_seq IS 'Of userpilot_dead_letters.id.';
 COMMENT ON COLUMN userpilot_dead_letters.id IS 'For userpilot_retry(id).';
 COMMENT ON COLUMN userpilot_dead_letters.lsn IS 'As queued.';
 COMMENT ON COLUMN userpilot_dead_letters.xid IS 'As queued.';
@@ -657,7 +660,7 @@ COMMENT ON FUNCTION userpilot_user_trigger() IS
 
 CREATE FUNCTION userpilot_check_trigger("table" regclass)
 RETURNS TABLE (trigger text, finding text, hint text)
-LANGUAGE C STABLE PARALLEL RESTRICTED
+LANGUAGE C STABLE PARALLEL UNSAFE
 AS 'MODULE_PATHNAME';
 COMMENT ON FUNCTION userpilot_check_trigger(regclass) IS
 'What is wrong with a table''s userpilot triggers and what to do about it, in words; "ok" for one of which nothing is known.';
@@ -714,33 +717,6 @@ AS 'MODULE_PATHNAME';
 COMMENT ON PROCEDURE userpilot_check(text) IS
 'Says in words whether this database can deliver to a server (default: userpilot.server): preloaded, enabled, worker slots, reachable, key accepted, job slot. Makes one call, GET /v1/background_jobs. Needs USAGE on the server.';
 
-CREATE FUNCTION userpilot_retry(dead_letter bigint DEFAULT NULL, server text DEFAULT NULL,
-								kind text DEFAULT NULL, entity_id text DEFAULT NULL)
-RETURNS bigint
-LANGUAGE sql VOLATILE PARALLEL UNSAFE
-BEGIN ATOMIC
-	SELECT userpilot_wake();
-	WITH back AS (
-		DELETE FROM userpilot_dead_letters d
-		WHERE d.entity_id <> '' AND d.id = coalesce($1, d.id) AND d.server = coalesce($2, d.server)
-		  AND d.kind = coalesce($3, d.kind) AND d.entity_id = coalesce($4, d.entity_id)
-		RETURNING d.*
-	), again AS (
-		UPDATE userpilot_profiles p SET attempts = 0
-		FROM back b
-		WHERE p.server = b.server AND p.kind = b.kind AND p.entity_id = b.entity_id AND p.attempts > 0
-	), moved AS (
-		INSERT INTO userpilot_queue (lsn, xid, enqueued_at, batch, bulk, server, kind, entity_id, company_id, metadata)
-		SELECT b.lsn, b.xid, b.enqueued_at, b.batch, b.bulk, b.server, b.kind, b.entity_id, b.company_id, b.metadata
-		FROM back b ORDER BY b.lsn
-		RETURNING 1
-	)
-	SELECT count(*) FROM moved;
-END;
-COMMENT ON FUNCTION userpilot_retry(bigint, text, text, text) IS
-'Moves dead letters back into the queue, as they were, and returns how many: one by its id, those of a server, of a kind, of an entity, or all. An older value still does not overwrite a newer one. For whoever may write the tables.';
-REVOKE ALL ON FUNCTION userpilot_retry(bigint, text, text, text) FROM PUBLIC;
-
 CREATE FUNCTION userpilot_cancel(batch bigint)
 RETURNS bigint
 LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE
@@ -756,7 +732,41 @@ AS 'MODULE_PATHNAME';
 COMMENT ON FUNCTION userpilot_invalidate(text, text, text, timestamptz) IS
 'Stops believing what Userpilot is known to have, and returns for how many companies and users: all of a server, of a kind, one entity, or those acknowledged since a time. Sends nothing by itself: what is queued next goes whole, even if it was sent before. For the server''s owner; after a failover that lost changes, a restore, or changes made at Userpilot by others.';
 
-CREATE FUNCTION userpilot_trace(kind text, id text)
+-- ---------------------------------------------------------------------------
+-- In SQL.  Resolved in pg_catalog: the schema may be another's, or one in which
+-- others create, whose operators and functions might fit better.
+-- ---------------------------------------------------------------------------
+
+SET LOCAL search_path TO pg_catalog, pg_temp;
+
+CREATE FUNCTION @extschema@.userpilot_retry(dead_letter bigint DEFAULT NULL, server text DEFAULT NULL,
+								kind text DEFAULT NULL, entity_id text DEFAULT NULL)
+RETURNS bigint
+LANGUAGE sql VOLATILE PARALLEL UNSAFE
+BEGIN ATOMIC
+	SELECT @extschema@.userpilot_wake();
+	WITH back AS (
+		DELETE FROM @extschema@.userpilot_dead_letters d
+		WHERE d.entity_id <> '' AND d.id = coalesce($1, d.id) AND d.server = coalesce($2, d.server)
+		  AND d.kind = coalesce($3, d.kind) AND d.entity_id = coalesce($4, d.entity_id)
+		RETURNING d.*
+	), again AS (
+		UPDATE @extschema@.userpilot_profiles p SET attempts = 0
+		FROM back b
+		WHERE p.server = b.server AND p.kind = b.kind AND p.entity_id = b.entity_id AND p.attempts > 0
+	), moved AS (
+		INSERT INTO @extschema@.userpilot_queue (lsn, xid, enqueued_at, batch, bulk, server, kind, entity_id, company_id, metadata)
+		SELECT b.lsn, b.xid, b.enqueued_at, b.batch, b.bulk, b.server, b.kind, b.entity_id, b.company_id, b.metadata
+		FROM back b ORDER BY b.lsn
+		RETURNING 1
+	)
+	SELECT count(*) FROM moved;
+END;
+COMMENT ON FUNCTION @extschema@.userpilot_retry(bigint, text, text, text) IS
+'Moves dead letters back into the queue, as they were, and returns how many: one by its id, those of a server, of a kind, of an entity, or all. An older value still does not overwrite a newer one. For whoever may write the tables.';
+REVOKE ALL ON FUNCTION @extschema@.userpilot_retry(bigint, text, text, text) FROM PUBLIC;
+
+CREATE FUNCTION @extschema@.userpilot_trace(kind text, id text)
 RETURNS TABLE (at timestamptz, what text, server text, detail jsonb)
 LANGUAGE sql STABLE PARALLEL SAFE
 BEGIN ATOMIC
@@ -764,35 +774,35 @@ BEGIN ATOMIC
 		SELECT p.synced_at, CASE WHEN p.synced_at IS NULL THEN 'never acknowledged' ELSE 'last acknowledged' END, p.server,
 			jsonb_strip_nulls(jsonb_build_object('metadata', p.metadata, 'company_id', p.company_id,
 				'attempts', p.attempts, 'job', p.job, 'versions', p.versions))
-		FROM userpilot_profiles p WHERE p.kind = $1 AND p.entity_id = $2
+		FROM @extschema@.userpilot_profiles p WHERE p.kind = $1 AND p.entity_id = $2
 		UNION ALL
 		SELECT q.enqueued_at, CASE WHEN q.bulk THEN 'queued for a bulk job' ELSE 'queued for real time' END, q.server,
 			jsonb_strip_nulls(jsonb_build_object('company_id', q.company_id, 'batch', q.batch, 'lsn', q.lsn, 'xid', q.xid))
 				|| jsonb_build_object('metadata', q.metadata)
-		FROM userpilot_queue q WHERE q.kind = $1 AND q.entity_id = $2
+		FROM @extschema@.userpilot_queue q WHERE q.kind = $1 AND q.entity_id = $2
 		UNION ALL
 		SELECT d.failed_at, 'dead letter', d.server,
 			jsonb_strip_nulls(jsonb_build_object('id', d.id, 'error', d.error, 'http_status', d.http_status,
 				'attempts', d.attempts, 'company_id', d.company_id, 'enqueued_at', d.enqueued_at))
 				|| jsonb_build_object('metadata', d.metadata)
-		FROM userpilot_dead_letters d WHERE d.kind = $1 AND d.entity_id = $2
+		FROM @extschema@.userpilot_dead_letters d WHERE d.kind = $1 AND d.entity_id = $2
 		UNION ALL
 		SELECT r.at, 'request', r.server,
 			jsonb_strip_nulls(jsonb_build_object('outcome', r.outcome, 'http_status', r.http_status,
 				'request_id', r.request_id, 'ms', r.ms, 'error', r.error))
-		FROM userpilot_requests r WHERE r.kind = $1 AND r.entity_id = $2
+		FROM @extschema@.userpilot_requests r WHERE r.kind = $1 AND r.entity_id = $2
 	) AS t(at, what, server, detail)
 	ORDER BY t.at NULLS FIRST;
 END;
-COMMENT ON FUNCTION userpilot_trace(text, text) IS
+COMMENT ON FUNCTION @extschema@.userpilot_trace(text, text) IS
 'Everything about one entity, oldest first: what Userpilot is known to have, what is queued, dead letters, calls. kind: company or user.';
-REVOKE ALL ON FUNCTION userpilot_trace(text, text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION @extschema@.userpilot_trace(text, text) FROM PUBLIC;
 
-CREATE VIEW userpilot_status AS
+CREATE VIEW @extschema@.userpilot_status AS
 WITH counted AS MATERIALIZED (
 	-- exact up to 20,000 rows; beyond, what the worker counted
 	SELECT q.server, q.kind, q.bulk, count(*) AS rows, min(q.enqueued_at) AS oldest
-	FROM (SELECT server, kind, bulk, enqueued_at FROM userpilot_queue LIMIT 20000) q
+	FROM (SELECT server, kind, bulk, enqueued_at FROM @extschema@.userpilot_queue LIMIT 20000) q
 	GROUP BY q.server, q.kind, q.bulk
 ), total AS (
 	SELECT coalesce(sum(rows), 0) < 20000 AS exact FROM counted
@@ -814,7 +824,7 @@ WITH counted AS MATERIALIZED (
 		CASE WHEN t.exact THEN c.oldest ELSE least(p.oldest_pending, c.oldest) END AS oldest
 	FROM servers s
 	CROSS JOIN total t
-	LEFT JOIN userpilot_progress p ON p.server = s.server
+	LEFT JOIN @extschema@.userpilot_progress p ON p.server = s.server
 	LEFT JOIN LATERAL (
 		SELECT sum(c.rows) FILTER (WHERE c.kind = 'company' AND NOT c.bulk) AS companies_realtime,
 			sum(c.rows) FILTER (WHERE c.kind = 'company' AND c.bulk) AS companies_bulk,
@@ -834,17 +844,17 @@ WITH counted AS MATERIALIZED (
 			ELSE 0 END AS job_expected,
 		p.state AS said, p.delivered, p.records_per_minute, p.advice, p.last_error, p.last_error_at
 	FROM backlog b
-	LEFT JOIN userpilot_progress p ON p.server = b.server
+	LEFT JOIN @extschema@.userpilot_progress p ON p.server = b.server
 	LEFT JOIN LATERAL (
 		-- the one under way, or the next; one before it until its rows are gone
 		-- from the queue
 		SELECT j.id, j.records, j.completed_rows, j.polled_at, coalesce(sum(j.completed_rows)
 			OVER (ORDER BY j.id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS completed_before
 		FROM (
-			SELECT * FROM userpilot_jobs n WHERE n.server = b.server ORDER BY n.id DESC LIMIT 3
+			SELECT * FROM @extschema@.userpilot_jobs n WHERE n.server = b.server ORDER BY n.id DESC LIMIT 3
 		) j
 		WHERE j.finished_at IS NULL
-			OR (j.status = 'completed' AND EXISTS (SELECT FROM userpilot_job_chunks c WHERE c.job = j.id))
+			OR (j.status = 'completed' AND EXISTS (SELECT FROM @extschema@.userpilot_job_chunks c WHERE c.job = j.id))
 		ORDER BY j.finished_at IS NOT NULL, j.submitted_at IS NULL, j.id LIMIT 1
 	) j ON true
 )
@@ -869,35 +879,45 @@ SELECT w.server,
 			/ coalesce(nullif(w.records_per_minute, 0), CASE WHEN w.companies_bulk + w.users_bulk > 0 THEN 1800 ELSE 600 END),
 			CASE WHEN w.job IS NOT NULL THEN (least(w.job_records, w.pending) - w.job_expected) / 1800.0 END, 0)))
 	END AS eta,
-	coalesce(d.reason, userpilot_launch_problem(), w.advice) AS advice,
+	coalesce(d.reason, @extschema@.userpilot_launch_problem(), b.advice, w.advice) AS advice,
 	w.last_error, w.last_error_at,
-	userpilot_worker_pid() AS worker
+	b.worker
 FROM whole w
+CROSS JOIN (
+	SELECT o.worker, CASE WHEN o.blockers <> '{}' THEN format(
+		'the worker waits for a lock: %s', (SELECT string_agg(CASE WHEN pid = 0
+			THEN 'a prepared transaction (pg_prepared_xacts) holds it'
+			ELSE format('process %s holds it', pid) END, ', ') FROM unnest(o.blockers) AS pid)) END AS advice
+	FROM (
+		SELECT p.worker, pg_blocking_pids(p.worker) AS blockers
+		FROM @extschema@.userpilot_worker_pid() AS p(worker)
+	) o
+) b
 CROSS JOIN LATERAL (
 	SELECT CASE WHEN w.serverid IS NULL
 		THEN format('disabled: there is no server %I (any more); create it, or delete its rows from userpilot_queue', w.server)
-		ELSE userpilot_disabled_reason(w.serverid) END AS reason
+		ELSE @extschema@.userpilot_disabled_reason(w.serverid) END AS reason
 ) d;
 
-REVOKE ALL ON TABLE userpilot_status FROM PUBLIC;
-GRANT SELECT ON TABLE userpilot_status, userpilot_jobs TO pg_monitor;
+REVOKE ALL ON TABLE @extschema@.userpilot_status FROM PUBLIC;
+GRANT SELECT ON TABLE @extschema@.userpilot_status, @extschema@.userpilot_jobs TO pg_monitor;
 
-COMMENT ON VIEW userpilot_status IS
+COMMENT ON VIEW @extschema@.userpilot_status IS
 'One row a server: what is pending, how far it is, and what to do. Costs the same at any backlog: rows are counted up to 20,000, beyond that the worker''s own count is shown.';
-COMMENT ON COLUMN userpilot_status.server IS 'Foreign server.';
-COMMENT ON COLUMN userpilot_status.state IS 'disabled, paused, outage, idle, sending or waiting for the slot.';
-COMMENT ON COLUMN userpilot_status.pending IS 'Rows queued.';
-COMMENT ON COLUMN userpilot_status.companies_realtime IS 'Rows queued, by kind and lane.';
-COMMENT ON COLUMN userpilot_status.companies_bulk IS 'Rows queued, by kind and lane.';
-COMMENT ON COLUMN userpilot_status.users_realtime IS 'Rows queued, by kind and lane.';
-COMMENT ON COLUMN userpilot_status.users_bulk IS 'Rows queued, by kind and lane.';
-COMMENT ON COLUMN userpilot_status.oldest_pending IS 'When the oldest of them was queued.';
-COMMENT ON COLUMN userpilot_status.job IS 'Running job: userpilot_jobs.id.';
-COMMENT ON COLUMN userpilot_status.job_percent IS 'Records of the running job that Userpilot has processed.';
-COMMENT ON COLUMN userpilot_status.percent IS 'Of everything since the queue was last empty.';
-COMMENT ON COLUMN userpilot_status.records_per_minute IS 'Rate measured since then.';
-COMMENT ON COLUMN userpilot_status.eta IS 'When all is delivered at that rate; at the API''s documented rate until one is measured.';
-COMMENT ON COLUMN userpilot_status.advice IS 'What to do, if anything.';
-COMMENT ON COLUMN userpilot_status.last_error IS 'Last trouble, in words.';
-COMMENT ON COLUMN userpilot_status.last_error_at IS 'When it occurred.';
-COMMENT ON COLUMN userpilot_status.worker IS 'Process id of the worker; null while nothing is to be done.';
+COMMENT ON COLUMN @extschema@.userpilot_status.server IS 'Foreign server.';
+COMMENT ON COLUMN @extschema@.userpilot_status.state IS 'disabled, paused, outage, idle, sending or waiting for the slot.';
+COMMENT ON COLUMN @extschema@.userpilot_status.pending IS 'Rows queued.';
+COMMENT ON COLUMN @extschema@.userpilot_status.companies_realtime IS 'Rows queued, by kind and lane.';
+COMMENT ON COLUMN @extschema@.userpilot_status.companies_bulk IS 'Rows queued, by kind and lane.';
+COMMENT ON COLUMN @extschema@.userpilot_status.users_realtime IS 'Rows queued, by kind and lane.';
+COMMENT ON COLUMN @extschema@.userpilot_status.users_bulk IS 'Rows queued, by kind and lane.';
+COMMENT ON COLUMN @extschema@.userpilot_status.oldest_pending IS 'When the oldest of them was queued.';
+COMMENT ON COLUMN @extschema@.userpilot_status.job IS 'Running job: userpilot_jobs.id.';
+COMMENT ON COLUMN @extschema@.userpilot_status.job_percent IS 'Records of the running job that Userpilot has processed.';
+COMMENT ON COLUMN @extschema@.userpilot_status.percent IS 'Of everything since the queue was last empty.';
+COMMENT ON COLUMN @extschema@.userpilot_status.records_per_minute IS 'Rate measured since then.';
+COMMENT ON COLUMN @extschema@.userpilot_status.eta IS 'When all is delivered at that rate; at the API''s documented rate until one is measured.';
+COMMENT ON COLUMN @extschema@.userpilot_status.advice IS 'What to do, if anything.';
+COMMENT ON COLUMN @extschema@.userpilot_status.last_error IS 'Last trouble, in words.';
+COMMENT ON COLUMN @extschema@.userpilot_status.last_error_at IS 'When it occurred.';
+COMMENT ON COLUMN @extschema@.userpilot_status.worker IS 'Process id of the worker; null while nothing is to be done.';

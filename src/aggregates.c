@@ -145,7 +145,9 @@ open_intake(FunctionCallInfo fcinfo, AggregateCall *call, UserpilotKind kind, bo
 		"userpilot_bulk_identify_companies()" : "userpilot_bulk_identify_users()";
 
 	refuse_grouping_sets(fcinfo);
-	call->intake = intake_open(environment_current(), kind, preview ? NULL : command);
+	/* a copy: whatever else the statement calls may look up another server */
+	call->intake = intake_open(environment_ref(environment_current()->serverid), kind,
+							   preview ? NULL : command);
 	MemoryContextSwitchTo(old);
 }
 

@@ -66,7 +66,7 @@
 	index_beginscan((rel), (index), (snapshot), (nkeys), 0)
 #endif
 
-/* 16 fixed the spelling of "relation kind" checks; 16 moved varatt macros */
+/* 16 moved the varatt macros */
 #if PG_VERSION_NUM >= 160000
 #include "varatt.h"
 #endif

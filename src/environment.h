@@ -66,6 +66,9 @@ extern char *environment_default_server(void);
 extern bool environment_may_use(const char *server, Oid roleid, Oid *serverid,
 								char **why);
 
+/* Whether some subscription of this database fills the table */
+extern bool environment_is_subscribed(Oid relid);
+
 /* A server of ours by name that the current user owns; raises otherwise */
 extern Oid	environment_owned(const char *server);
 

@@ -20,8 +20,10 @@
 #include "miscadmin.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/catcache.h"
 #include "utils/guc.h"
 #include "utils/snapmgr.h"
+#include "utils/syscache.h"
 
 #include "compat.h"
 #include "environment.h"
@@ -105,13 +107,30 @@ bound_elsewhere(ForeignServer *server)
 	return only_on;
 }
 
+bool
+environment_is_subscribed(Oid relid)
+{
+	CatCList   *list = SearchSysCacheList1(SUBSCRIPTIONRELMAP, ObjectIdGetDatum(relid));
+	bool		found = list->n_members > 0;
+
+	ReleaseSysCacheList(list);
+	return found;
+}
+
+/* Then the queue is another's, whose WAL positions mean nothing here */
+static bool
+queue_is_subscribed(void)
+{
+	return environment_is_subscribed(sql_relid("userpilot_queue"));
+}
+
 List *
 environment_enabled(void)
 {
 	List	   *result = NIL;
 	ListCell   *cell;
 
-	if (RecoveryInProgress() || !userpilot_deliver)
+	if (RecoveryInProgress() || !userpilot_deliver || queue_is_subscribed())
 		return NIL;
 
 	foreach(cell, read_enabled())
@@ -158,6 +177,8 @@ environment_disabled_reason(Oid serverid)
 	if (!row->here)
 		return psprintf("disabled: this looks like a copy of another database; SELECT userpilot_enable(%s) makes it the sender",
 						quote_literal_cstr(server->servername));
+	if (queue_is_subscribed())
+		return "disabled: a subscription fills userpilot_queue; leave userpilot's tables out of its publication, or drop it when this database is to send";
 	only_on = bound_elsewhere(server);
 	if (only_on != NULL)
 		return psprintf("disabled: only_on is \"%s\" but cluster_name is \"%s\"",

@@ -56,7 +56,6 @@ struct Http
 	dlist_head	running;
 	dlist_head	ended;
 	int			nrunning;
-	int			ntransfers;		/* in all three lists */
 };
 
 static void
@@ -350,12 +349,6 @@ http_create(MemoryContext context, int max_connections)
 	return http;
 }
 
-void
-http_destroy(Http *http)
-{
-	MemoryContextDelete(http->own);
-}
-
 /* ---------- calls ---------- */
 
 bool
@@ -367,15 +360,8 @@ http_start(Http *http, const HttpTarget *target, const HttpCall *call,
 	if (transfer == NULL)
 		return false;
 	dlist_push_tail(&http->waiting, &transfer->node);
-	http->ntransfers++;
 	start_waiting(http);
 	return true;
-}
-
-int
-http_in_flight(Http *http)
-{
-	return http->ntransfers;
 }
 
 /* How long to sleep: the caller's wish, cut by libcurl's timer */
@@ -505,7 +491,6 @@ http_next(Http *http)
 		memcpy(result->body, transfer->result.body, result->body_len);
 	result->body[result->body_len] = '\0';
 	dlist_delete(&transfer->node);
-	http->ntransfers--;
 	http_transfer_free(transfer);
 	return result;
 }

@@ -69,21 +69,17 @@ typedef struct HttpResult
 } HttpResult;
 
 /*
- * A set of calls.  Freed with its memory context (reset callback) or by
- * http_destroy, either of which drops calls in flight at once.  More calls
- * than max_connections may be started; they wait for their turn, their time
- * not yet running.  Raises if memory is short or outside a running server.
+ * A set of calls.  Freed with its memory context (reset callback), which drops
+ * calls in flight at once.  More calls than max_connections may be started;
+ * they wait for their turn, their time not yet running.  Raises if memory is
+ * short or outside a running server.
  */
 extern Http *http_create(MemoryContext context, int max_connections);
-extern void http_destroy(Http *http);
 
 /* Starts a call; false, with *error set to a static text, if it cannot even
  * be started (control characters in key or path, out of memory). */
 extern bool http_start(Http *http, const HttpTarget *target,
 					   const HttpCall *call, const char **error);
-
-/* Calls started whose results http_next has not handed out */
-extern int	http_in_flight(Http *http);
 
 /*
  * Waits for the latch, the postmaster's death (exits then) or any call's
@@ -93,10 +89,7 @@ extern int	http_in_flight(Http *http);
  */
 extern bool http_wait(Http *http, long timeout_ms, uint32 wait_event);
 
-/*
- * The next call that has ended, or NULL.  Free with http_result_free; it
- * outlives http_destroy but not the context given to http_create.
- */
+/* The next call that has ended, or NULL.  Free with http_result_free. */
 extern HttpResult *http_next(Http *http);
 extern void http_result_free(HttpResult *result);
 

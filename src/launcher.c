@@ -231,10 +231,12 @@ userpilot_launcher_main(Datum arg)
 		nap(timeout);
 		if (ConfigReloadPending)
 		{
+			bool		delivered = userpilot_deliver;
+
 			ConfigReloadPending = false;
 			ProcessConfigFile(PGC_SIGHUP);
-			/* userpilot.deliver may be on again */
-			visit_all();
+			if (userpilot_deliver && !delivered)
+				visit_all();
 		}
 	}
 }

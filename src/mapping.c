@@ -129,6 +129,14 @@ outputs_names(Oid type)
 	}
 }
 
+static char *
+without_trailing_blanks(char *name)
+{
+	for (char *end = name + strlen(name); end > name && end[-1] == ' ';)
+		*--end = '\0';
+	return name;
+}
+
 /* Property and column of 'column' or 'column AS property' */
 static void
 split_argument(const char *arg, TupleDesc desc, char **column, char **property, bool *renamed)
@@ -143,10 +151,8 @@ split_argument(const char *arg, TupleDesc desc, char **column, char **property, 
 	{
 		if (as == arg || pg_strncasecmp(as, " as ", 4) != 0)
 			continue;
-		*column = pnstrdup(arg, as - arg);
-		*property = pstrdup(as + 4 + strspn(as + 4, " "));
-		for (char *end = *column + strlen(*column); end > *column && end[-1] == ' ';)
-			*--end = '\0';
+		*column = without_trailing_blanks(pnstrdup(arg, as - arg));
+		*property = without_trailing_blanks(pstrdup(as + 4 + strspn(as + 4, " ")));
 		*renamed = true;
 	}
 }

@@ -110,8 +110,8 @@ sender_still_enabled(Sender *sender)
 	return !sender->stale;
 }
 
-void
-sender_paused(Sender *sender, const char *reason)
+static void
+pause_sender(Sender *sender, const char *reason)
 {
 	if (!sender->paused)
 		ereport(LOG,
@@ -159,7 +159,7 @@ sender_answer_text(const HttpResult *result)
 
 /* ----------------------------------------------------------- the circuit */
 
-void
+static void
 lane_succeeded(Lane *lane, int64 now)
 {
 	lane->last_success = now;
@@ -204,7 +204,7 @@ lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 								   now + delivery_lane_backoff(lane->outages, sender_random()));
 			break;
 		case DELIVERY_PAUSE:
-			sender_paused(sender, error);
+			pause_sender(sender, error);
 			break;
 		case DELIVERY_BACKOFF:
 		case DELIVERY_CONFLICT:

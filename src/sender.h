@@ -195,7 +195,6 @@ extern bool sender_may_send(const Sender *sender);
 extern bool sender_still_enabled(Sender *sender);
 /* How long after its mark a body may leave at most (API ms) */
 extern int64 sender_call_delay(const Sender *sender);
-extern void sender_paused(Sender *sender, const char *reason);
 extern void sender_error(Sender *sender, const char *error);
 extern void sender_delivered(Sender *sender, int64 records);
 extern bool sender_has_work(const Sender *sender);
@@ -203,7 +202,6 @@ extern int64 sender_next_at(const Sender *sender, int64 now);
 extern void sender_report(Sender *sender, int64 now, bool force);
 
 /* A lane's circuit */
-extern void lane_succeeded(Lane *lane, int64 now);
 extern void lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 					   int64 now, const char *error);
 extern DeliveryAnswer sender_answer(const Sender *sender, DeliveryCall call,

@@ -7,6 +7,7 @@
 #include <limits.h>
 
 #include "miscadmin.h"
+#include "tcop/pquery.h"
 #include "utils/guc.h"
 
 #include "settings.h"
@@ -27,13 +28,14 @@ static const struct config_enum_entry log_requests_values[] = {
 };
 
 /* userpilot.server as the configuration file has it, whatever database, role
- * or session say */
+ * or session say.  A statement (ALTER SYSTEM) only has a value checked. */
 static char cluster_server[NAMEDATALEN] = "userpilot";
+static bool defining = false;
 
 static bool
 check_server(char **newval, void **extra, GucSource source)
 {
-	if (source <= PGC_S_ARGV && *newval != NULL)
+	if (source <= PGC_S_ARGV && *newval != NULL && (defining || ActivePortal == NULL))
 		strlcpy(cluster_server, *newval, sizeof(cluster_server));
 	return true;
 }
@@ -50,7 +52,7 @@ define_startup_settings(void)
 {
 	DefineCustomIntVariable("userpilot.max_databases",
 							"Databases of this cluster that can deliver to Userpilot.",
-							"Each takes a slot of about 3 kB in shared memory.",
+							"Each takes a slot of about 1 kB in shared memory.",
 							&userpilot_max_databases, 64, 1, 4096,
 							PGC_POSTMASTER, 0, NULL, NULL, NULL);
 	DefineCustomRealVariable("userpilot.time_scale",
@@ -67,10 +69,12 @@ settings_define(void)
 	if (process_shared_preload_libraries_in_progress)
 		define_startup_settings();
 
+	defining = true;
 	DefineCustomStringVariable("userpilot.server",
 							   "Foreign server that direct calls of the userpilot functions go to.",
 							   NULL, &userpilot_server, "userpilot",
 							   PGC_USERSET, 0, check_server, NULL, NULL);
+	defining = false;
 	DefineCustomBoolVariable("userpilot.deliver",
 							 "Whether this cluster sends anything to Userpilot.",
 							 "Off keeps everything queued; for copies of a production cluster.",

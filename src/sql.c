@@ -66,6 +66,13 @@ sql_relid(const char *name)
 	return relid;
 }
 
+char *
+sql_table_name(Relation rel)
+{
+	return quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
+									  RelationGetRelationName(rel));
+}
+
 void
 sql_check_columns(Relation rel, const SqlColumn *columns, int n)
 {
@@ -82,9 +89,7 @@ sql_check_columns(Relation rel, const SqlColumn *columns, int n)
 	if (!good)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("table %s is not what this version of userpilot expects",
-						quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
-												   RelationGetRelationName(rel))),
+				 errmsg("table %s is not what this version of userpilot expects", sql_table_name(rel)),
 				 errhint("Update the extension with ALTER EXTENSION userpilot UPDATE, or reconnect if the library is older.")));
 }
 

@@ -25,6 +25,9 @@ typedef struct SqlStatement
 /* An extension table's Oid by name; raises if it is missing */
 extern Oid	sql_relid(const char *name);
 
+/* A table as it is to be typed */
+extern char *sql_table_name(Relation rel);
+
 /* A table that is read or written without a statement must be as it is known */
 typedef struct SqlColumn
 {

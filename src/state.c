@@ -175,8 +175,8 @@ slot_find(Oid database, bool create)
  * Makes sure that a commit of this backend can wake the worker: the callback
  * after commit is no place to find out that it cannot.
  */
-void
-state_prepare_wake(void)
+static void
+prepare_wake(void)
 {
 	static bool warned = false;
 
@@ -201,7 +201,7 @@ state_prepare_wake(void)
 void
 state_note_commit_wake(void)
 {
-	state_prepare_wake();
+	prepare_wake();
 	commit_wakes = true;
 }
 

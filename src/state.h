@@ -20,8 +20,7 @@ extern void state_register(void);	/* hooks, from _PG_init */
 extern bool state_available(void);	/* preloaded? */
 
 /* Backends */
-extern void state_prepare_wake(void);	/* in the transaction; may warn */
-extern void state_note_commit_wake(void);	/* ... wake when it commits */
+extern void state_note_commit_wake(void);	/* in the transaction; may warn */
 extern void state_note_read_all(void);	/* ... and look at everything */
 extern void state_note_bulk(void);	/* ... there is something to sweep */
 extern void state_commit(void); /* from the transaction callback */

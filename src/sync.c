@@ -64,6 +64,14 @@ check_privileges(Relation rel)
 				 errmsg("row-level security hides rows of table \"%s\" from you",
 						RelationGetRelationName(rel)),
 				 errhint("Let the table's owner run userpilot_sync_table().")));
+	/* it is read as its owner */
+	if (check_enable_rls(RelationGetRelid(rel), rel->rd_rel->relowner, true) == RLS_ENABLED)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("row-level security hides rows of table \"%s\" from its owner",
+						RelationGetRelationName(rel)),
+				 errhint("ALTER TABLE %s NO FORCE ROW LEVEL SECURITY; or give it an owner with BYPASSRLS.",
+						 sql_table_name(rel))));
 }
 
 /*
@@ -137,8 +145,7 @@ row_query(Relation rel)
 	/* children of a partitioned table have clones of its triggers, others none */
 	appendStringInfo(&query, " FROM %s%s",
 					 rel->rd_rel->relkind == RELKIND_RELATION ? "ONLY " : "",
-					 quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
-												RelationGetRelationName(rel)));
+					 sql_table_name(rel));
 	return query.data;
 }
 
@@ -208,7 +215,7 @@ refuse_table(Relation rel, bool disabled)
 			 errmsg("table \"%s\" has no %suserpilot trigger", RelationGetRelationName(rel),
 					disabled ? "enabled " : ""),
 			 errhint("CREATE TRIGGER to_userpilot AFTER INSERT OR UPDATE ON %s FOR EACH ROW EXECUTE FUNCTION userpilot_company_trigger('id', 'name');",
-					 quote_identifier(RelationGetRelationName(rel)))));
+					 sql_table_name(rel))));
 }
 
 /*
@@ -219,6 +226,7 @@ userpilot_sync_table(PG_FUNCTION_ARGS)
 {
 	IntakeCounts sum = {0};
 	Relation	rel;
+	TriggerDesc *triggers;
 	TupleDesc	desc;
 	Datum		values[4];
 	bool		nulls[4] = {0};
@@ -229,10 +237,12 @@ userpilot_sync_table(PG_FUNCTION_ARGS)
 		elog(ERROR, "return type must be a row type");
 	rel = table_open(PG_GETARG_OID(0), AccessShareLock);
 	check_privileges(rel);
+	/* others may create triggers meanwhile */
+	triggers = CopyTriggerDesc(rel->trigdesc);
 	sql_connect();
-	for (int i = 0; rel->trigdesc != NULL && i < rel->trigdesc->numtriggers; i++)
+	for (int i = 0; triggers != NULL && i < triggers->numtriggers; i++)
 	{
-		const Trigger *trigger = &rel->trigdesc->triggers[i];
+		const Trigger *trigger = &triggers->triggers[i];
 		UserpilotKind kind;
 
 		if (!mapping_is_ours(trigger, &kind))

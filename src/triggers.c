@@ -13,13 +13,11 @@
  */
 #include "postgres.h"
 
-#include "access/genam.h"
 #include "access/relation.h"
 #include "access/table.h"
 #include "access/tableam.h"
 #include "access/xact.h"
 #include "catalog/pg_class.h"
-#include "catalog/pg_subscription_rel.h"
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
@@ -27,7 +25,6 @@
 #include "fmgr.h"
 #include "funcapi.h"
 #include "utils/builtins.h"
-#include "utils/fmgroids.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/ruleutils.h"
@@ -39,6 +36,7 @@
 #include "environment.h"
 #include "mapping.h"
 #include "queue.h"
+#include "sql.h"
 #include "state.h"
 
 PG_FUNCTION_INFO_V1(userpilot_company_trigger);
@@ -76,8 +74,7 @@ check_manner(FunctionCallInfo fcinfo, UserpilotKind kind)
 						data->tg_trigger->tgname, RelationGetRelationName(data->tg_relation)),
 				 errhint("CREATE TRIGGER %s AFTER INSERT OR UPDATE ON %s FOR EACH ROW EXECUTE FUNCTION %s('id', 'name');",
 						 quote_identifier(data->tg_trigger->tgname),
-						 quote_identifier(RelationGetRelationName(data->tg_relation)),
-						 mapping_function(kind))));
+						 sql_table_name(data->tg_relation), mapping_function(kind))));
 }
 
 static char *
@@ -185,7 +182,7 @@ refuse(const Armed *armed, const TriggerData *data, const QueueChange *change,
 				 errmsg("not sent to Userpilot: %s", error),
 				 errdetail("The row is in userpilot_dead_letters."),
 				 errhint("SELECT * FROM userpilot_check_trigger(%s);",
-						 quote_literal_cstr(RelationGetRelationName(data->tg_relation)))));
+						 quote_literal_cstr(sql_table_name(data->tg_relation)))));
 }
 
 static void
@@ -223,7 +220,7 @@ fire(FunctionCallInfo fcinfo, UserpilotKind kind)
 							data->tg_trigger->tgname, RelationGetRelationName(data->tg_relation),
 							armed->why),
 					 errhint("SELECT * FROM userpilot_sync_table(%s); queues what was missed.",
-							 quote_literal_cstr(RelationGetRelationName(data->tg_relation)))));
+							 quote_literal_cstr(sql_table_name(data->tg_relation)))));
 		return PointerGetDatum(NULL);
 	}
 
@@ -278,24 +275,6 @@ report(Report *to, const char *finding, const char *hint)
 	to->findings++;
 }
 
-/* Whether some subscription of this database fills the table */
-static bool
-is_subscribed(Oid relid)
-{
-	Relation	relation = table_open(SubscriptionRelRelationId, AccessShareLock);
-	ScanKeyData key;
-	SysScanDesc scan;
-	bool		found;
-
-	ScanKeyInit(&key, Anum_pg_subscription_rel_srrelid, BTEqualStrategyNumber, F_OIDEQ,
-				ObjectIdGetDatum(relid));
-	scan = systable_beginscan(relation, SubscriptionRelSrrelidSrsubidIndexId, true, NULL, 1, &key);
-	found = HeapTupleIsValid(systable_getnext(scan));
-	systable_endscan(scan);
-	table_close(relation, AccessShareLock);
-	return found;
-}
-
 /* UPDATE OF columns that leave out one that is sent */
 static void
 report_columns(Report *to, const Trigger *trigger, const Mapping *mapping)
@@ -315,8 +294,7 @@ report_columns(Report *to, const Trigger *trigger, const Mapping *mapping)
 static void
 report_manner(Report *to, Relation rel, const Trigger *trigger, UserpilotKind kind)
 {
-	char	   *table = quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
-												   RelationGetRelationName(rel));
+	char	   *table = sql_table_name(rel);
 
 	if (!TRIGGER_FOR_ROW(trigger->tgtype) || !TRIGGER_FOR_AFTER(trigger->tgtype) ||
 		(trigger->tgtype & (TRIGGER_TYPE_DELETE | TRIGGER_TYPE_TRUNCATE)) != 0)
@@ -333,7 +311,7 @@ report_manner(Report *to, Relation rel, const Trigger *trigger, UserpilotKind ki
 		report(to, "it fires for replicated changes only",
 			   psprintf("ALTER TABLE %s ENABLE ALWAYS TRIGGER %s;", table,
 						quote_identifier(trigger->tgname)));
-	if (trigger->tgenabled == TRIGGER_FIRES_ON_ORIGIN && is_subscribed(RelationGetRelid(rel)))
+	if (trigger->tgenabled == TRIGGER_FIRES_ON_ORIGIN && environment_is_subscribed(RelationGetRelid(rel)))
 		report(to, "the table is filled by a subscription, whose changes do not fire it",
 			   psprintf("ALTER TABLE %s ENABLE ALWAYS TRIGGER %s;", table,
 						quote_identifier(trigger->tgname)));
@@ -379,6 +357,7 @@ userpilot_check_trigger(PG_FUNCTION_ARGS)
 {
 	Report		to = {0};
 	Relation	rel;
+	TriggerDesc *triggers;
 	bool		any = false;
 
 	if (PG_ARGISNULL(0))
@@ -388,13 +367,14 @@ userpilot_check_trigger(PG_FUNCTION_ARGS)
 	InitMaterializedSRF(fcinfo, 0);
 	to.result = (ReturnSetInfo *) fcinfo->resultinfo;
 	rel = relation_open(PG_GETARG_OID(0), AccessShareLock);
-	for (int i = 0; rel->trigdesc != NULL && i < rel->trigdesc->numtriggers; i++)
+	triggers = CopyTriggerDesc(rel->trigdesc);
+	for (int i = 0; triggers != NULL && i < triggers->numtriggers; i++)
 	{
 		UserpilotKind kind;
 
-		if (!mapping_is_ours(&rel->trigdesc->triggers[i], &kind))
+		if (!mapping_is_ours(&triggers->triggers[i], &kind))
 			continue;
-		report_trigger(&to, rel, &rel->trigdesc->triggers[i], kind);
+		report_trigger(&to, rel, &triggers->triggers[i], kind);
 		any = true;
 	}
 	if (!any)
@@ -402,7 +382,7 @@ userpilot_check_trigger(PG_FUNCTION_ARGS)
 		to.trigger = "";
 		report(&to, "the table has no userpilot trigger",
 			   psprintf("CREATE TRIGGER to_userpilot AFTER INSERT OR UPDATE ON %s FOR EACH ROW EXECUTE FUNCTION userpilot_company_trigger('id', 'name');",
-						quote_identifier(RelationGetRelationName(rel))));
+						sql_table_name(rel)));
 	}
 	relation_close(rel, AccessShareLock);
 	return (Datum) 0;

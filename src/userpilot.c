@@ -28,6 +28,8 @@ _PG_init(void)
 	if (process_shared_preload_libraries_in_progress)
 	{
 		state_register();
-		launcher_register();
+		/* what pg_upgrade has read must not change under its hands */
+		if (!IsBinaryUpgrade)
+			launcher_register();
 	}
 }

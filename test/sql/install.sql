@@ -53,7 +53,7 @@ CREATE TEMP VIEW member AS
 -- what does not say what it is for: nothing
 SELECT object FROM member
   WHERE (classid <> 'pg_class'::regclass
-         OR objid NOT IN (SELECT oid FROM pg_class WHERE relkind IN ('i', 'S')))
+         OR objid NOT IN (SELECT oid FROM pg_class WHERE relkind = 'i'))
     AND obj_description(objid, classid::regclass::name) IS NULL;
 SELECT object, attname
   FROM member JOIN pg_attribute ON attrelid = objid

@@ -79,6 +79,18 @@ SET userpilot.server = 'other';
 SELECT * FROM way('another server', $$SELECT userpilot_identify_user(1, '{"email": 1}')$$);
 SELECT userpilot_users_payload(1, '{"email": 1}');
 RESET userpilot.server;
+-- nor does what else a statement calls change a bulk SELECT's server
+CREATE SERVER "another by a name that needs more room" FOREIGN DATA WRAPPER userpilot
+  OPTIONS (region 'eu', exclude_properties 'one,two,three,four');
+CREATE FUNCTION elsewhere(i int) RETURNS int LANGUAGE plpgsql
+  SET userpilot.server = 'another by a name that needs more room' AS $$
+BEGIN
+  PERFORM userpilot_identify_company('elsewhere ' || i, '{"the name of a property, as long": 1}');
+  RETURN i;
+END$$;
+SELECT userpilot_bulk_identify_companies('here ' || i, '{"a": 1, "address": 2, "email": 3}'), count(elsewhere(i)) FROM generate_series(1, 3) i;
+SELECT server, entity_id, metadata FROM userpilot_queue WHERE entity_id ~ 'here ' ORDER BY server, entity_id;
+DELETE FROM userpilot_queue WHERE entity_id ~ 'here ';
 -- keys of a JSON column that are gone are nothing that is excluded
 SELECT * FROM way('key gone', $$UPDATE people SET meta = '{}' WHERE id = 1$$);
 -- in dead letters

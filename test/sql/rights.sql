@@ -284,6 +284,30 @@ SELECT count(*) FROM userpilot_jobs;
 SELECT name FROM regress_relations WHERE attempt(format('SELECT FROM %I', name)) = 'taken' ORDER BY name;
 RESET ROLE;
 
+--
+-- Code of whoever owns the extension's schema is not taken for PostgreSQL's
+--
+DROP EXTENSION userpilot CASCADE;
+CREATE SCHEMA regress_home AUTHORIZATION regress_rights;
+SET ROLE regress_rights;
+CREATE FUNCTION regress_home.times(numeric, bigint) RETURNS numeric LANGUAGE plpgsql AS $$BEGIN RAISE 'ran as %', current_user; END$$;
+CREATE OPERATOR regress_home.* (LEFTARG = numeric, RIGHTARG = bigint, FUNCTION = regress_home.times);
+CREATE OPERATOR regress_home./ (LEFTARG = numeric, RIGHTARG = bigint, FUNCTION = regress_home.times);
+CREATE FUNCTION regress_home.jsonb_build_object(text, jsonb, text, text, text, int, text, bigint, text, jsonb) RETURNS jsonb
+  LANGUAGE plpgsql AS $$BEGIN RAISE 'ran as %', current_user; END$$;
+RESET ROLE;
+CREATE EXTENSION userpilot SCHEMA regress_home;
+CREATE SERVER userpilot FOREIGN DATA WRAPPER userpilot OPTIONS (region 'us');
+INSERT INTO regress_home.userpilot_jobs (server, kind, format, records, bytes, status, completed_rows)
+  VALUES ('userpilot', 'company', 'json', 10, 10, 'processing', 5);
+INSERT INTO regress_home.userpilot_profiles (server, kind, entity_id) VALUES ('userpilot', 'company', 'a');
+SELECT state, job_percent FROM regress_home.userpilot_status;
+SELECT what FROM regress_home.userpilot_trace('company', 'a');
+SELECT regress_home.userpilot_retry();
+DROP EXTENSION userpilot CASCADE;
+DROP SCHEMA regress_home CASCADE;
+CREATE EXTENSION userpilot;
+
 DROP VIEW regress_relations;
 DROP TABLE ran_as;
 DROP FUNCTION attempt(text);

@@ -264,7 +264,11 @@ SELECT * FROM userpilot_sync_table('regress_sync.t');
 RESET ROLE;
 SET ROLE regress_sync_owner;
 SELECT * FROM userpilot_sync_table('regress_sync.t');
-ALTER TABLE regress_sync.t DISABLE ROW LEVEL SECURITY;
+ALTER TABLE regress_sync.t FORCE ROW LEVEL SECURITY;
+RESET ROLE;
+SELECT * FROM userpilot_sync_table('regress_sync.t');
+SET ROLE regress_sync_owner;
+ALTER TABLE regress_sync.t DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY;
 -- the owner's code does not run as the caller, and what it sets is undone
 CREATE FUNCTION regress_sync.spy(int) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN

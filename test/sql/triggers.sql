@@ -22,7 +22,7 @@ CREATE FUNCTION took(OUT entity text, OUT metadata jsonb) RETURNS SETOF record L
 --
 CREATE TABLE accounts (id int PRIMARY KEY, name text, plan text, mrr numeric(10,2), "Odd AS name" text, owner text);
 CREATE TRIGGER to_userpilot AFTER INSERT OR UPDATE ON accounts FOR EACH ROW
-  EXECUTE FUNCTION userpilot_company_trigger('id', 'name', 'mrr AS monthly_spend', 'plan  as  tier', 'Odd AS name');
+  EXECUTE FUNCTION userpilot_company_trigger('id', 'name', 'mrr AS monthly_spend', 'plan  as  tier  ', 'Odd AS name');
 INSERT INTO accounts VALUES (1, 'Acme', 'pro', 10.50, 'x', 'me');
 INSERT INTO accounts VALUES (2);
 SELECT * FROM queued;
@@ -414,6 +414,10 @@ RESET ROLE;
 SET userpilot.server = 'nosuch';
 INSERT INTO regress_owner.owned VALUES (4, 'nor a missing one');
 RESET userpilot.server;
+-- a value that is only checked is not taken
+ALTER SYSTEM SET userpilot.server = 'nosuch';
+ALTER SYSTEM RESET userpilot.server;
+INSERT INTO regress_owner.owned VALUES (5, 'nor one for later');
 SELECT server, entity_id, metadata FROM queued;
 DELETE FROM userpilot_queue;
 -- the refused row of a role without any right is kept all the same

@@ -149,6 +149,15 @@ $node->start;
 delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, '... is lost to nobody', companies => 'SELECT * FROM sent');
 
+# --- pg_upgrade: what it has read must not change under its hands ---
+
+$node->stop;
+system_or_bail('pg_ctl', '-s', '-w', '-D', $node->data_dir, '-l', $node->logfile, '-o', '-b', 'start');
+is( $node->safe_psql('postgres', q{SELECT count(*) FROM pg_stat_activity WHERE backend_type ~ 'userpilot'}),
+	0, 'no launcher in binary upgrade mode');
+system_or_bail('pg_ctl', '-s', '-w', '-D', $node->data_dir, 'stop');
+$node->start;
+
 # --- crashes ---
 
 # Kills the worker and waits until the server has restarted itself

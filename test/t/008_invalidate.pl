@@ -84,6 +84,7 @@ until_true(
 is( $node->safe_psql('postgres', q{SELECT count(*) FROM pg_locks h JOIN pg_locks w USING (pid) WHERE h.granted AND NOT w.granted
 		AND h.classid = 'pg_extension'::regclass AND w.relation = 'userpilot_profiles'::regclass}),
 	1, 'DROP EXTENSION would wait for it with no table locked');
+like(status($node, 'postgres')->{advice}, qr/^the worker waits for a lock: process \d+ holds it$/, '... and status says for whom');
 is($open->query_safe(q{SELECT userpilot_bulk_identify_companies('known', '{"name":"Acme"}'::jsonb)}),
 	0, 'a bulk SELECT in the same transaction leaves out what Userpilot has');
 $open->query_safe('COMMIT');
