@@ -95,6 +95,17 @@ userpilot_validator(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
+static void
+check_kind(const char *kind)
+{
+	for (int i = 0; i < USERPILOT_KINDS; i++)
+		if (strcmp(kind, userpilot_kind_name(i)) == 0)
+			return;
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("kind must be \"company\" or \"user\", not \"%s\"", kind)));
+}
+
 /*
  * userpilot_invalidate(server, kind, id, since) returns bigint: profiles that
  * are no longer believed.
@@ -112,6 +123,8 @@ userpilot_invalidate(PG_FUNCTION_ARGS)
 				 errmsg("server must not be null")));
 	server = text_to_cstring(PG_GETARG_TEXT_PP(0));
 	(void) environment_owned(server);
+	if (!PG_ARGISNULL(1))
+		check_kind(text_to_cstring(PG_GETARG_TEXT_PP(1)));
 	sql_become_owner(&caller);
 	n = profiles_invalidate(server,
 							PG_ARGISNULL(1) ? NULL : PG_GETARG_TEXT_PP(1),

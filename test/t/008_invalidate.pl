@@ -130,6 +130,8 @@ is(learnt(), '|', '... and then it stays unknown');
 
 my ($rc, undef, $err) = $node->psql('postgres', "SELECT userpilot_invalidate('nosuch')");
 like($err, qr/server "nosuch" does not exist/, 'no such server');
+(undef, undef, $err) = $node->psql('postgres', "SELECT userpilot_invalidate('userpilot', kind => 'companies')");
+like($err, qr/kind must be "company" or "user", not "companies"/, 'no such kind');
 $node->safe_psql('postgres', 'CREATE ROLE stranger');
 ($rc, undef, $err) = $node->psql('postgres',
 	"SET ROLE stranger; SELECT userpilot_invalidate('userpilot')");
