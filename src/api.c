@@ -282,7 +282,7 @@ string_member(JsonbContainer *object, const char *name, int max)
 	return pnstrdup(value->val.string.val, len);
 }
 
-/* A count, given as a number or as a string; -1 if absent or none */
+/* A count, given as a number or as a string; -1 if absent, 0 if it is none */
 static int64
 count_member(JsonbContainer *object, const char *name)
 {
@@ -291,18 +291,20 @@ count_member(JsonbContainer *object, const char *name)
 	char	   *end;
 	int64		count;
 
-	if (value != NULL && value->type == jbvNumeric)
+	if (value == NULL || value->type == jbvNull)
+		return -1;
+	if (value->type == jbvNumeric)
 		text = DatumGetCString(DirectFunctionCall1(numeric_out,
 												   NumericGetDatum(value->val.numeric)));
 	else
 		text = string_member(object, name, 64);
 	if (!isdigit((unsigned char) text[0]))
-		return -1;
+		return 0;
 	errno = 0;
 	count = strtoi64(text, &end, 10);
 	if (*end == '.')
 		end += 1 + strspn(end + 1, "0");
-	return errno != 0 || *end != '\0' ? -1 : count;
+	return errno != 0 || *end != '\0' ? 0 : count;
 }
 
 /* An object with a job's id in it */

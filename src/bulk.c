@@ -233,8 +233,14 @@ bulk_withdraw(Sender *sender)
 	Bulk	   *bulk = &sender->bulk;
 
 	put_back_next(sender);
+	bulk->bind_anew = true;
 	if (bulk->state != BULK_SUBMIT || bulk->calling)
 		return;
+	if (bulk->in_doubt)
+	{
+		bulk_enter(bulk, BULK_UNKNOWN, bulk->next_at);
+		return;
+	}
 	bulk_refused(sender, "the properties to be excluded have changed", true);
 	bulk_enter(bulk, BULK_ASK, bulk->next_at);
 }
@@ -303,6 +309,7 @@ bulk_failed(Sender *sender, int64 now)
 	jobs_restart(&bulk->current->job, "the job failed and is submitted again");
 	MemoryContextSwitchTo(old);
 	bulk->last_completed = 0;
+	bulk->in_doubt = bulk->said_over = false;
 	sender_error(sender, psprintf("job " INT64_FORMAT " failed and is submitted again", bulk->current->job.id));
 	bulk_enter(bulk, BULK_SUBMIT, now + delivery_entity_backoff(1, 1.0));
 }
@@ -315,6 +322,7 @@ bulk_unknown(Sender *sender, const char *error, int64 now)
 
 	if (bulk->lost++ == 0)
 		bulk->lost_since = bulk->call_started;
+	bulk->in_doubt = true;
 	news.status = JOB_UNKNOWN;
 	news.error = error;
 	jobs_update(bulk->current->job.id, &news);
@@ -324,14 +332,17 @@ bulk_unknown(Sender *sender, const char *error, int64 now)
 }
 
 /*
- * Once or twice that is the network's or a gateway's doing, and it is bound
- * anew.  If it happens again and again while other calls succeed, it is about
- * what the job holds.
+ * Once or twice that is the network's or a gateway's doing, and it is submitted
+ * again: as it is, so that what it holds stays held.  The list may not show
+ * everything; that the job is not running is known for certain only when the
+ * slot has taken another one.  If it happens again and again while other calls
+ * succeed, it is about what the job holds.
  */
 void
 bulk_never_arrived(Sender *sender)
 {
 	Bulk	   *bulk = &sender->bulk;
+	JobNews		news = JOB_NO_NEWS;
 
 	if (bulk->lost >= MAX_LOST &&
 		Max(bulk->lane.last_success, sender->rt.lane.last_success) > bulk->lost_since)
@@ -340,9 +351,18 @@ bulk_never_arrived(Sender *sender)
 		bulk_dissolved(sender, "submitted several times without a proper answer");
 		return;
 	}
-	bulk_refused(sender, "no proper answer came, and Userpilot runs no such job", false);
-	bulk->since = clock_now();
-	bulk_enter(bulk, BULK_ASK, 0);
+	news.error = "no proper answer came, and Userpilot lists no such job";
+	if (bulk->bind_anew)
+	{
+		bulk_refused(sender, news.error, false);
+		bulk->since = clock_now();
+		bulk_enter(bulk, BULK_ASK, 0);
+		return;
+	}
+	jobs_update(bulk->current->job.id, &news);
+	jobs_give_back_attempt(bulk->current->job.id);
+	bulk->current->job.attempts = Max(bulk->current->job.attempts - 1, 0);
+	bulk_enter(bulk, BULK_SUBMIT, 0);
 }
 
 /* -------------------------------------------------------------- schedule */
@@ -428,6 +448,7 @@ start_next(Bulk *bulk, int64 now)
 	held_job_clear(empty);
 	bulk->current = bulk->next;
 	bulk->next = empty;
+	bulk->in_doubt = bulk->bind_anew = bulk->said_over = false;
 	bulk_enter(bulk, BULK_SUBMIT, now);
 }
 

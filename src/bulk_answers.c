@@ -56,6 +56,7 @@ adopt(Sender *sender, const ApiJob *job, int64 now)
 	news.submitted = true;
 	jobs_update(bulk->current->job.id, &news);
 	bulk->conflicts = 0;
+	bulk->in_doubt = bulk->waiting_for_slot = false;
 	bulk->ends_at = bulk->since + bulk_expected_ms(bulk);
 	bulk_enter(bulk, BULK_RUNNING, now);
 }
@@ -91,8 +92,16 @@ accepted(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
 	news.submitted = true;
 	jobs_update(bulk->current->job.id, &news);
 	bulk->conflicts = 0;
+	bulk->in_doubt = bulk->said_over = bulk->waiting_for_slot = false;
 	bulk->since = now;
 	bulk_enter(bulk, BULK_RUNNING, next_poll(bulk, now));
+}
+
+/* A gateway may say so after the job has gone through */
+static bool
+may_have_arrived(const HttpResult *result)
+{
+	return result->status == 503 || result->status / 100 == 3;
 }
 
 static void
@@ -100,6 +109,11 @@ note_refusal(Sender *sender, const HttpResult *result, const char *error)
 {
 	JobNews		news = JOB_NO_NEWS;
 
+	if (may_have_arrived(result))
+	{
+		sender->bulk.in_doubt = true;
+		news.status = JOB_UNKNOWN;
+	}
 	news.http_status = result->status;
 	news.request_id = result->request_id[0] ? result->request_id : NULL;
 	news.error = error;
@@ -113,6 +127,7 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 				const DeliveryDecision *decision, const char *error, int64 now)
 {
 	Bulk	   *bulk = &sender->bulk;
+	int64		wait_until;
 
 	MemoryContextReset(bulk->body_context);
 	if (decision->action == DELIVERY_LEARN)
@@ -129,11 +144,21 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 	switch (decision->action)
 	{
 		case DELIVERY_CONFLICT:
-			/* each time a job is made in vain: wait longer if the list is no help */
-			bulk_refused(sender, error, true);
+			/* each time in vain: wait longer if the list is no help */
+			if (bulk->conflicts++ == 0)
+				bulk->since = now;
+			wait_until = now + CONFLICT_MS + delivery_lane_backoff(bulk->conflicts, sender_random());
 			bulk->waiting_for_slot = true;
+			if (bulk->in_doubt)
+			{
+				/* it may be in its own way: what it holds stays held */
+				bulk->unknown_looks = 0;
+				bulk_enter(bulk, BULK_UNKNOWN, wait_until);
+				break;
+			}
+			bulk_refused(sender, error, true);
 			bulk->since = now;
-			bulk_enter(bulk, BULK_ASK, now + CONFLICT_MS + delivery_lane_backoff(++bulk->conflicts, sender_random()));
+			bulk_enter(bulk, BULK_ASK, wait_until);
 			break;
 		case DELIVERY_SHRINK:
 			bulk->record_limit = Max(bulk->current->job.records / 2, 1);
@@ -180,14 +205,26 @@ note_poll(Sender *sender, const HttpResult *result, const ApiJob *job)
 	sender->bulk.last_completed = Min(Max(job->completed_rows, 0), sender->bulk.current->job.records);
 }
 
-/* What is said of the job, in a poll's answer or in the list */
+/*
+ * What is said of the job, in a poll's answer or in the list.  That it is
+ * completed the list says, too, but only a poll says of how many records.
+ */
 static void
-judge(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
+judge(Sender *sender, const HttpResult *result, const ApiJob *job, bool listed, int64 now)
 {
 	Bulk	   *bulk = &sender->bulk;
 	int			records = bulk->current->job.records;
 
 	note_poll(sender, result, job);
+	if (listed && strcmp(job->status, "completed") == 0 && job->completed_rows < 0)
+	{
+		if (bulk->said_over)
+			bulk_dissolved(sender, "completed, but nothing says with how many records");
+		else
+			bulk_enter(bulk, BULK_RUNNING, now);
+		bulk->said_over = true;
+		return;
+	}
 	switch (delivery_job_end(job->status, records, job->total_rows, job->completed_rows,
 							 bulk_overdue(bulk, now)))
 	{
@@ -199,7 +236,8 @@ judge(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
 			break;
 		case DELIVERY_JOB_SHORT:
 			bulk_dissolved(sender, psprintf("completed with %d of %d records",
-										   (int) job->completed_rows, records));
+										   (int) (job->completed_rows < 0 ? job->total_rows :
+												  job->completed_rows), records));
 			break;
 		case DELIVERY_JOB_FAILED:
 			bulk_failed(sender, now);
@@ -218,7 +256,7 @@ answered_poll(Sender *sender, const HttpResult *result, const ApiJob *job,
 
 	bulk->next_at = next_poll(bulk, now);
 	if (decision->action == DELIVERY_LEARN)
-		judge(sender, result, job, now);
+		judge(sender, result, job, false, now);
 	else if (decision->action == DELIVERY_UNKNOWN ||
 			 (decision->action == DELIVERY_BACKOFF && bulk_overdue(bulk, now)))
 		bulk_unknown(sender, error, now);	/* the list may tell more */
@@ -255,7 +293,7 @@ answered_unknown(Sender *sender, const HttpResult *result, const ApiJob *jobs, i
 	{
 		/* where it is asked about by its id nothing is found: so by the list */
 		bulk->unknown_looks = 0;
-		judge(sender, result, ours, now);
+		judge(sender, result, ours, true, now);
 	}
 	else
 	{

@@ -43,6 +43,8 @@ recover_job(Sender *sender, const Job *job)
 	MemoryContextSwitchTo(old);
 	recover_ids(job, &held->entities, held->context);
 	bulk->since = bulk->ends_at = clock_now();
+	bulk->in_doubt = true;
+	bulk->bind_anew = true;		/* what is to be excluded may have changed */
 	if (strcmp(job->status, JOB_PREPARED) == 0 || strcmp(job->status, JOB_UNKNOWN) == 0 ||
 		job->job_id == NULL)
 		bulk_enter(bulk, BULK_UNKNOWN, 0);

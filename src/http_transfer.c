@@ -197,7 +197,10 @@ read_header(char *line, size_t size, size_t nitems, void *arg)
 	{
 		result->request_id[0] = '\0';
 		result->retry_after = -1;
+		transfer->headed = false;
 	}
+	else if (len > 0 && (line[0] == '\n' || (len == 2 && line[0] == '\r')))
+		transfer->headed = true;
 	else if (header_value(line, len, "x-request-id", value, sizeof(value)))
 		strlcpy(result->request_id, value, sizeof(result->request_id));
 	else if (header_value(line, len, "retry-after", value, sizeof(value)))
@@ -508,20 +511,37 @@ http_transfer_free(HttpTransfer *transfer)
 	free(transfer);
 }
 
+/* How long a character of the key is in the text, as it is or as JSON may
+ * write it; 0 if another one is there */
+static size_t
+match_character(char c, const char *text, size_t len)
+{
+	char		hex[7];
+
+	snprintf(hex, sizeof(hex), "\\u%04x", (unsigned char) c);
+	if (len >= 6 && pg_strncasecmp(text, hex, 6) == 0)
+		return 6;
+	if (len >= 2 && text[0] == '\\' && text[1] == c && strchr("\"\\/", c) != NULL)
+		return 2;
+	return len >= 1 && text[0] == c ? 1 : 0;
+}
+
 /* A peer that sends the key back must not get it into anybody's log */
 static void
 mask_key(const char *key, char *text, size_t len)
 {
-	size_t		keylen = strlen(key);
-	char	   *found;
-
-	if (keylen < MIN_MASKED_KEY || text == NULL)
+	if (strlen(key) < MIN_MASKED_KEY || text == NULL)
 		return;
-	while ((found = memmem(text, len, key, keylen)) != NULL)
+	for (size_t start = 0; start < len; start++)
 	{
-		memset(found, '*', keylen);
-		len -= found + keylen - text;
-		text = found + keylen;
+		const char *c = key;
+		size_t		end = start;
+		size_t		n;
+
+		while (*c != '\0' && (n = match_character(*c, text + end, len - end)) > 0)
+			end += n, c++;
+		if (*c == '\0')
+			memset(text + start, '*', end - start);
 	}
 }
 
@@ -584,7 +604,7 @@ http_transfer_end(HttpTransfer *transfer, CURLcode code)
 	INSTR_TIME_SET_CURRENT(took);
 	INSTR_TIME_SUBTRACT(took, transfer->started);
 	result->ms = INSTR_TIME_GET_MILLISEC(took);
-	if (code == CURLE_OK && transfer->refusal == NULL && status >= 200)
+	if (code == CURLE_OK && transfer->refusal == NULL && status >= 200 && transfer->headed)
 	{
 		result->outcome = HTTP_ANSWERED;
 		result->status = (int) status;
@@ -601,7 +621,9 @@ http_transfer_end(HttpTransfer *transfer, CURLcode code)
 		result->outcome = transfer->begun || request_size > 0 ?
 			HTTP_LOST : HTTP_NOT_SENT;
 		if (code == CURLE_OK && transfer->refusal == NULL)
-			transfer->refusal = "the answer is not an HTTP response";
+			transfer->refusal = status >= 200 ? "the answer ends within its headers" :
+				"the answer is not an HTTP response";
+		result->too_long |= code == CURLE_FILESIZE_EXCEEDED;
 		describe_failure(transfer, code, status);
 		mask_key(transfer->key, result->request_id, strlen(result->request_id));
 		result->body_len = 0;

@@ -36,6 +36,7 @@ typedef struct HttpTransfer
 
 	/* what came of it */
 	bool		begun;			/* the request may have left us */
+	bool		headed;			/* the answer's headers are whole */
 	const char *refusal;		/* why we broke it off, static, or NULL */
 	size_t		header_bytes;
 	size_t		body_room;

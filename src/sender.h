@@ -144,6 +144,9 @@ typedef struct Bulk
 	int			lost;			/* submissions without a proper answer, in a row */
 	int64		lost_since;		/* start of the first of them */
 	int			conflicts;		/* 409s in a row */
+	bool		in_doubt;		/* a submission of the job may have arrived */
+	bool		bind_anew;		/* its body is not to be submitted again */
+	bool		said_over;		/* by the list, which does not say how it ended */
 	bool		waiting_for_slot;
 	uint64		slot_application;	/* whose job slot is held, 0: none */
 	MemoryContext solo_context;

@@ -139,7 +139,6 @@ $api->finish_jobs;
 delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, '... and all is delivered once it is free',
 	companies => 'SELECT * FROM account_meta');
-my $met = $api->counters->{conflicts_own};
 
 # --- a job that is in the list only ---
 
@@ -148,8 +147,48 @@ foreach my $format ('json', 'ndjson')
 	set_option('bulk_format', $format);
 	survives("$format job that polls do not find", { status => 404 }, '^/v1/background_jobs/.', 'bulk', qr/unknown/,
 		times => 1000);
-	is(jobs_said(), 'completed 31', '... ends with what the list says');
+	is(jobs_said(), 'dissolved 31', '... is over when the list says so, which does not say for how many records');
 	is(sql(q{SELECT max(attempts) FROM userpilot_jobs}), 1, '... and was submitted once');
+
+	$api->fault({ job => 'short', rows => 3 }, match => { path => $bulk }, times => 1);
+	survives("$format job that dropped records, and one poll does not find", { status => 404 },
+		'^/v1/background_jobs/.', 'bulk', qr/unknown/, times => 1);
+	is(jobs_said(), 'dissolved 31', '... is seen for what it is');
+	survives("$format job that one poll does not find", { status => 404 },
+		'^/v1/background_jobs/.', 'bulk', qr/unknown/, times => 1);
+	is(jobs_said(), 'completed 31', '... is completed with the next');
+}
+
+# --- a job that arrived, which nothing tells: newer changes are not overwritten ---
+
+my %untold = (
+	'no answer, and a list that does not show it' => { drop => 'after' },
+	'503 with Retry-After though accepted' =>
+	  { status_after => 503, headers => { 'Retry-After' => '1' } },
+	'a redirect though accepted' => { status_after => 302, headers => { location => '/' } },
+);
+
+foreach my $format ('json', 'ndjson')
+{
+	set_option('bulk_format', $format);
+	$api->configure(list_limit => 0);
+	foreach my $name (sort keys %untold)
+	{
+		my $before = scalar(@{ $api->jobs });
+
+		forget($node, 'postgres', 'requests', 'jobs');
+		$api->fault({ job => 'slow', factor => 200 }, match => { path => $bulk }, times => 1);
+		$api->fault($untold{$name}, match => { path => $bulk }, times => 1);
+		change('bulk');
+		until_true('it runs', sub { return @{ $api->jobs } > $before; });
+		change('realtime');
+		delivered($node, 'postgres');
+		until_true('it is over', sub { return !grep { $_->{status} !~ /completed|failed/ } @{ $api->jobs }; });
+		oracle_equals($node, 'postgres', $api, "$format, $name", companies => 'SELECT * FROM account_meta');
+		is(jobs_said(), 'completed 31', '... one job to us');
+		$api->no_faults;
+	}
+	$api->configure(list_limit => 50);
 }
 
 # The first run has failed, the answer to the second is lost: the list has both
@@ -179,7 +218,6 @@ is(sql('SELECT count(*) FROM userpilot_jobs WHERE error IS NOT NULL AND finished
 	0, '... which is no error');
 
 is(dead_letters($node, 'postgres'), 0, 'nothing died');
-is($api->counters->{conflicts_own}, $met, 'no job of ours met another of ours, but the one given up');
 no_violations($api, 'jobs');
 
 done_testing();
