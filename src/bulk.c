@@ -230,19 +230,24 @@ bulk_refused(Sender *sender, const char *error, bool give_back)
 void
 bulk_withdraw(Sender *sender)
 {
+	put_back_next(sender);
+	sender->bulk.bind_anew = true;
+}
+
+/* Its body is of another time: if it has not arrived, it is to be prepared again */
+static void
+bind_anew(Sender *sender, int64 now)
+{
 	Bulk	   *bulk = &sender->bulk;
 
-	put_back_next(sender);
-	bulk->bind_anew = true;
-	if (bulk->state != BULK_SUBMIT || bulk->calling)
-		return;
 	if (bulk->in_doubt)
 	{
-		bulk_enter(bulk, BULK_UNKNOWN, bulk->next_at);
+		bulk_enter(bulk, BULK_UNKNOWN, now);
 		return;
 	}
-	bulk_refused(sender, "the properties to be excluded have changed", true);
-	bulk_enter(bulk, BULK_ASK, bulk->next_at);
+	bulk_refused(sender, "the properties to be excluded may have changed", true);
+	bulk->since = now;
+	bulk_enter(bulk, BULK_ASK, now);
 }
 
 /* Record by record through the real-time lane, which answers for each */
@@ -503,6 +508,11 @@ bulk_step(Sender *sender, int64 now)
 			bulk->next_at = now + LEFT_OUT_MS;
 			return false;
 		case BULK_SUBMIT:
+			if (bulk->bind_anew)
+			{
+				bind_anew(sender, now);
+				return false;
+			}
 			(void) take_slot(sender);
 			jobs_count_attempt(bulk->current->job.id);
 			bulk->current->job.attempts++;
