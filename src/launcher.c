@@ -32,8 +32,11 @@
 #include "state.h"
 #include "worker.h"
 
-/* A visit takes so long at most (real ms) */
+/* A visit takes so long at most (real ms): a worker that lives longer has work */
 #define VISIT_MS 500
+
+/* With more workers than that one's end is waited for: slots are few */
+#define VISIT_WORKERS 3
 
 /* Workers this launcher has started and not yet seen end */
 typedef struct Started
@@ -125,6 +128,16 @@ notice_ends(void)
 	}
 }
 
+static int
+running(void)
+{
+	int			n = 0;
+
+	for (int i = 0; i < userpilot_max_databases; i++)
+		n += started[i].handle != NULL;
+	return n;
+}
+
 static bool
 is_running(Oid database)
 {
@@ -174,10 +187,17 @@ start_wanted(void)
 	}
 }
 
+/* Its worker has ended, or has counted and may go on while others are visited */
+static bool
+is_visited(Oid database)
+{
+	return !is_running(database) ||
+		(state_launcher_counted(database) && running() <= VISIT_WORKERS);
+}
+
 /*
- * One database after the other, so that a visit takes one worker slot: until
- * its worker has ended, or has read what there is to count.  When all have,
- * calls may be made.
+ * One database after the other, so that visits take few worker slots.  When
+ * all have counted what their ledgers say, calls may be made.
  */
 static void
 visit_all(void)
@@ -196,7 +216,7 @@ visit_all(void)
 
 		counted &= state_launcher_visit(lfirst_oid(lc));
 		(void) start_wanted();
-		while (is_running(lfirst_oid(lc)) && !state_launcher_counted(lfirst_oid(lc)) &&
+		while (!is_visited(lfirst_oid(lc)) &&
 			   clock_real_ms(clock_now() - began) < VISIT_MS)
 		{
 			nap(VISIT_MS);

@@ -544,7 +544,8 @@ serve(void)
 		for (int i = 0; i < nsenders; i++)
 			did |= step_sender(senders[i]);
 
-		if (did || any_work())
+		/* nobody has queued anything yet: it was only to see whether there is work */
+		if (any_work() || (did && !(first && wake.changes == 0)))
 			busy_at = clock_now();
 		else if (first || clock_now() - busy_at >= IDLE_MS)
 		{
