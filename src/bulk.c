@@ -263,6 +263,7 @@ bulk_dissolved(Sender *sender, const char *error)
 	jobs_update(bulk->current->job.id, &news);
 	profiles_release_job(sender->env->server, bulk->current->job.kind, bulk->current->job.id, false);
 	move_to_solo(bulk);
+	bulk->lost = 0;
 	bulk->dirty = true;
 	sender_error(sender, psprintf("job " INT64_FORMAT " is sent record by record: %s",
 								  bulk->current->job.id, error));
@@ -352,7 +353,6 @@ bulk_never_arrived(Sender *sender)
 	if (bulk->lost >= MAX_LOST &&
 		Max(bulk->lane.last_success, sender->rt.lane.last_success) > bulk->lost_since)
 	{
-		bulk->lost = 0;
 		bulk_dissolved(sender, "submitted several times without a proper answer");
 		return;
 	}
