@@ -518,11 +518,14 @@ match_character(char c, const char *text, size_t len)
 {
 	char		hex[7];
 
-	snprintf(hex, sizeof(hex), "\\u%04x", (unsigned char) c);
-	if (len >= 6 && pg_strncasecmp(text, hex, 6) == 0)
-		return 6;
-	if (len >= 2 && text[0] == '\\' && text[1] == c && strchr("\"\\/", c) != NULL)
-		return 2;
+	if (len >= 2 && text[0] == '\\')
+	{
+		if (text[1] == c && strchr("\"\\/", c) != NULL)
+			return 2;
+		snprintf(hex, sizeof(hex), "\\u%04x", (unsigned char) c);
+		if (len >= 6 && pg_strncasecmp(text, hex, 6) == 0)
+			return 6;
+	}
 	return len >= 1 && text[0] == c ? 1 : 0;
 }
 

@@ -8,7 +8,8 @@
  * of a bulk SELECT that is judged without the direct changes it saw could lose
  * to them later.  It goes into the job, or record by record through the
  * real-time lane (what is left of a dissolved job, and what this job has no
- * room for), or nothing is left to send for it and its rows go.  So what is held in memory is a group's, however long the queue.
+ * room for), or nothing is left to send for it and its rows go.  So what is held
+ * in memory is a group's, however long the queue.
  */
 #include "postgres.h"
 

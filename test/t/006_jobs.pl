@@ -140,6 +140,8 @@ delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, '... and all is delivered once it is free',
 	companies => 'SELECT * FROM account_meta');
 
+my $met = $api->counters->{conflicts_own};
+
 # --- a job that is in the list only ---
 
 foreach my $format ('json', 'ndjson')
@@ -158,6 +160,8 @@ foreach my $format ('json', 'ndjson')
 		'^/v1/background_jobs/.', 'bulk', qr/unknown/, times => 1);
 	is(jobs_said(), 'completed 31', '... is completed with the next');
 }
+
+is($api->counters->{conflicts_own}, $met, 'no job of ours met another of ours, but the one given up');
 
 # --- a job that arrived, which nothing tells: newer changes are not overwritten ---
 
@@ -190,6 +194,7 @@ foreach my $format ('json', 'ndjson')
 	}
 	$api->configure(list_limit => 50);
 }
+$met = $api->counters->{conflicts_own};
 
 # The first run has failed, the answer to the second is lost: the list has both
 $api->fault({ job => 'fail_half' }, match => { path => $bulk }, times => 1);
@@ -218,6 +223,7 @@ is(sql('SELECT count(*) FROM userpilot_jobs WHERE error IS NOT NULL AND finished
 	0, '... which is no error');
 
 is(dead_letters($node, 'postgres'), 0, 'nothing died');
+is($api->counters->{conflicts_own}, $met, 'no job of ours met another of ours, but those that nothing told of');
 no_violations($api, 'jobs');
 
 done_testing();
