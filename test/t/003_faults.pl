@@ -16,7 +16,6 @@ use Userpilot::Faults;
 
 set_up('faults');
 
-my $identify = '^/v1/companies/identify$';
 my $retried  = qr/outage|back-off/;
 my $accepted = qr/^acknowledged$/;
 my %always   = (
@@ -36,34 +35,44 @@ my %always   = (
 
 my %of_identify = (%always, 'garbage' => $accepted, 'a page of HTML' => $accepted);
 
-foreach my $name (sort keys %answers)
+foreach my $turn (0, 1)
 {
-	survives("identify, $name", $answers{$name}, $identify, 'realtime',
-		$of_identify{$name} // $retried, times => $name =~ /40[13]/ ? 1 : 3);
+	either($turn);
+	foreach my $name (sort keys %answers)
+	{
+		survives("identify, $name", $answers{$name}, identify_path(), 'realtime',
+			$of_identify{$name} // $retried, times => $name =~ /40[13]/ ? 1 : 3);
+	}
 }
 
 # What is refused for what it says is dead at once, and can be retried
+my $turns = 0;
+
 foreach my $status (400, 404, 413, 422)
 {
+	either($turns++);
+	my ($one, $table) = $kind eq 'users' ? ('user', 'people') : ('company', 'accounts');
+
 	forget($node, 'postgres', 'requests');
 	$api->fault({ status => $status, body => '{"errors":[{"message":"no such luck"}]}' },
-		match => { path => $identify, body => '"company_id":"7"' });
+		match => { path => identify_path(), body => qq{"${one}_id":"7"} });
 	change('realtime');
 	delivered($node, 'postgres');
 	$api->no_faults;
-	is( sql(q{SELECT d.kind, d.entity_id, d.http_status, d.attempts, d.metadata ->> 'version' = a.version::text
-			FROM userpilot_dead_letters d JOIN accounts a ON a.id = 7}),
-		"company|7|$status|1|t", "identify, $status: one dead letter");
+	is( sql(qq{SELECT d.kind, d.entity_id, d.http_status, d.attempts, d.metadata ->> 'version' = t.version::text
+			FROM userpilot_dead_letters d JOIN $table t ON t.id = 7}),
+		"$one|7|$status|1|t", "identify, $status: one dead letter");
 	like(sql('SELECT error FROM userpilot_dead_letters'), qr/no such luck/, '... with the reason');
-	like(outcomes($node, 'postgres', $identify), qr/dead letter/, '... so logged');
+	like(outcomes($node, 'postgres', identify_path()), qr/dead letter/, '... so logged');
 	is(sql('SELECT userpilot_retry()'), 1, '... can be retried');
 	delivered($node, 'postgres');
 	is(dead_letters($node, 'postgres'), 0, '... and then is dead no more');
-	oracle_equals($node, 'postgres', $api, '...', companies => 'SELECT * FROM account_meta');
+	all_there('...');
 }
 
 # Trouble with one record while others succeed uses up its attempts
-$api->fault({ status => 500 }, match => { path => $identify, body => '"company_id":"7"' }, times => undef);
+either(0);
+$api->fault({ status => 500 }, match => { path => identify_path(), body => '"company_id":"7"' }, times => undef);
 change('realtime');
 until_true(
 	'company 7 is given up',
@@ -79,12 +88,10 @@ is(sql('SELECT entity_id, http_status, attempts FROM userpilot_dead_letters'),
 $api->no_faults;
 sql('UPDATE accounts SET version = version + 1 WHERE id = 7');
 delivered($node, 'postgres');
-oracle_equals($node, 'postgres', $api, 'a newer change passes the dead letter',
-	companies => 'SELECT * FROM account_meta');
+all_there('a newer change passes the dead letter');
 sql(q{SELECT userpilot_retry(kind => 'company', entity_id => '7')});
 delivered($node, 'postgres');
-oracle_equals($node, 'postgres', $api, '... which, retried, undoes nothing',
-	companies => 'SELECT * FROM account_meta');
+all_there('... which, retried, undoes nothing');
 is(dead_letters($node, 'postgres'), 0, '... and is gone');
 
 # --- polling a job, and the list of jobs ---
@@ -97,6 +104,7 @@ foreach my $path ('^/v1/background_jobs/', '^/v1/background_jobs$')
 
 	foreach my $name (sort keys %answers)
 	{
+		either($turns++);
 		survives("$what, $name", $answers{$name}, $path, 'bulk', $of_get{$name} // $retried);
 		is(jobs_said(), 'completed 30', '... and the one job was completed');
 	}

@@ -15,8 +15,6 @@ use Userpilot::Faults;
 
 set_up('jobs');
 
-my $bulk = '^/v1/companies/bulk_identify$';
-
 # --- submitting a job, in either format ---
 
 my %of_submit = (
@@ -31,12 +29,16 @@ my %of_submit = (
 # These jobs arrived although no answer says so
 my $arrived = qr/after|too late|truncated|garbage|HTML|dripping|oversized/;
 
+my $turns = 0;
+
 foreach my $format ('json', 'ndjson')
 {
 	set_option('bulk_format', $format);
+	$turns = $format eq 'json' ? 0 : 1;
 	foreach my $name (sort keys %answers)
 	{
-		survives("$format job, $name", $answers{$name}, $bulk, 'bulk',
+		either($turns++);
+		survives("$format job, $name", $answers{$name}, bulk_path(), 'bulk',
 			$of_submit{$name} // qr/unknown/);
 
 		# ... and are found again by the name of the file
@@ -51,15 +53,16 @@ foreach my $format ('json', 'ndjson')
 	}
 }
 
-survives('409', { status => 409 }, $bulk, 'bulk', qr/slot taken/);
+survives('409', { status => 409 }, bulk_path(), 'bulk', qr/slot taken/);
 is(jobs_said(), 'refused 30, completed 30', '... and the rows were bound anew');
-survives('413', { status => 413 }, $bulk, 'bulk', qr/too large/);
+survives('413', { status => 413 }, bulk_path(), 'bulk', qr/too large/);
 is(jobs_said(), 'refused 30, completed 15, completed 15', '... and sent in halves');
 ok($node->poll_query_until('postgres', 'SELECT userpilot_worker_pid() IS NULL'),
 	'... until the worker leaves, or ten jobs were taken');
 foreach my $status (400, 404, 422)
 {
-	survives("job, $status", { status => $status }, $bulk, 'bulk', qr/dissolved/);
+	either($turns++);
+	survives("job, $status", { status => $status }, bulk_path(), 'bulk', qr/dissolved/);
 	is(jobs_said(), 'dissolved 30', '... and its records went one by one');
 }
 
@@ -80,25 +83,28 @@ foreach my $name (sort keys %fates)
 {
 	my ($do, $times, $said) = @{ $fates{$name} };
 
-	survives("job $name", $do, $bulk, 'bulk', qr/^acknowledged$/, times => $times);
+	either($turns++);
+	survives("job $name", $do, bulk_path(), 'bulk', qr/^acknowledged$/, times => $times);
 	is(jobs_said(), $said, '... and the history says so');
 	is(sql(q{SELECT max(attempts) FROM userpilot_jobs}),
 		$name =~ /failed/ ? 2 : 1, '... and how often it was submitted');
 }
 like(sql(q{SELECT coalesce(string_agg(error, ''), 'none') FROM userpilot_jobs}),
 	qr/^none$/, 'a slow job is no error');
-survives('job short', { job => 'short', rows => 3 }, $bulk, 'bulk', qr/^acknowledged$/);
+either(0);
+survives('job short', { job => 'short', rows => 3 }, bulk_path(), 'bulk', qr/^acknowledged$/);
 is( sql('SELECT completed_rows, error FROM userpilot_jobs'),
 	'27|completed with 27 of 30 records',
 	'a short job says how short');
 
 # --- a job that does not end ---
 
-$api->fault({ job => 'stuck', status => 'processing' }, match => { path => $bulk });
+$api->fault({ job => 'stuck', status => 'processing' }, match => { path => bulk_path() });
 change('bulk');
 until_true('the job is stuck',
 	sub { return sql(q{SELECT max(completed_rows) FROM userpilot_jobs WHERE finished_at IS NULL}) eq '15' });
-sql('UPDATE accounts SET version = version + 1 WHERE id > 25; INSERT INTO accounts VALUES (31, 1)');
+sql('UPDATE accounts SET version = version + 1 WHERE id > 25;
+	INSERT INTO accounts VALUES (31, 1); INSERT INTO people VALUES (31, 1)');
 until_true('others are not held up', sub { return defined $api->entity('companies', '31') });
 ok(1, 'a stuck job holds up its own companies only');
 cmp_ok($api->entity('companies', '30')->{metadata}{version},
@@ -118,16 +124,15 @@ ok($overdue, '... and not even those once it is overdue');
 $api->finish_jobs;
 $api->no_faults;
 delivered($node, 'postgres');
-oracle_equals($node, 'postgres', $api, 'a stuck job that ends after all',
-	companies => 'SELECT * FROM account_meta');
+all_there('a stuck job that ends after all');
 
 # All was applied, but the refresh does not end: 3 seconds later that is over
-survives('a refresh that does not end', { job => 'stuck' }, $bulk, 'bulk', qr/^acknowledged$/);
+survives('a refresh that does not end', { job => 'stuck' }, bulk_path(), 'bulk', qr/^acknowledged$/);
 is(jobs_said(), 'completed 31', '... and the job is completed');
 $api->finish_jobs;
 
 # Nobody knows what this status means: record by record, and the slot may be free
-survives('a status that nobody knows', { job => 'stuck', status => 'archived' }, $bulk, 'bulk',
+survives('a status that nobody knows', { job => 'stuck', status => 'archived' }, bulk_path(), 'bulk',
 	qr/^acknowledged$/);
 is(sql('SELECT status, error FROM userpilot_jobs'), 'dissolved|the job is "archived", and overdue',
 	'... and the job is given up');
@@ -137,8 +142,7 @@ until_true('a submission finds out', sub { return sql(q{SELECT count(*) > 0 FROM
 ok(1, 'a job in such a status is not taken to be in the slot, before a submission says so');
 $api->finish_jobs;
 delivered($node, 'postgres');
-oracle_equals($node, 'postgres', $api, '... and all is delivered once it is free',
-	companies => 'SELECT * FROM account_meta');
+all_there('... and all is delivered once it is free');
 
 my $met = $api->counters->{conflicts_own};
 
@@ -147,12 +151,13 @@ my $met = $api->counters->{conflicts_own};
 foreach my $format ('json', 'ndjson')
 {
 	set_option('bulk_format', $format);
+	either($turns++);
 	survives("$format job that polls do not find", { status => 404 }, '^/v1/background_jobs/.', 'bulk', qr/unknown/,
 		times => 1000);
 	is(jobs_said(), 'dissolved 31', '... is over when the list says so, which does not say for how many records');
 	is(sql(q{SELECT max(attempts) FROM userpilot_jobs}), 1, '... and was submitted once');
 
-	$api->fault({ job => 'short', rows => 3 }, match => { path => $bulk }, times => 1);
+	$api->fault({ job => 'short', rows => 3 }, match => { path => bulk_path() }, times => 1);
 	survives("$format job that dropped records, and one poll does not find", { status => 404 },
 		'^/v1/background_jobs/.', 'bulk', qr/unknown/, times => 1);
 	is(jobs_said(), 'dissolved 31', '... is seen for what it is');
@@ -180,15 +185,16 @@ foreach my $format ('json', 'ndjson')
 	{
 		my $before = scalar(@{ $api->jobs });
 
+		either($turns++);
 		forget($node, 'postgres', 'requests', 'jobs');
-		$api->fault({ job => 'slow', factor => 200 }, match => { path => $bulk }, times => 1);
-		$api->fault($untold{$name}, match => { path => $bulk }, times => 1);
+		$api->fault({ job => 'slow', factor => 200 }, match => { path => bulk_path() }, times => 1);
+		$api->fault($untold{$name}, match => { path => bulk_path() }, times => 1);
 		change('bulk');
 		until_true('it runs', sub { return @{ $api->jobs } > $before; });
 		change('realtime');
 		delivered($node, 'postgres');
 		until_true('it is over', sub { return !grep { $_->{status} !~ /completed|failed/ } @{ $api->jobs }; });
-		oracle_equals($node, 'postgres', $api, "$format, $name", companies => 'SELECT * FROM account_meta');
+		all_there("$format, $name");
 		is(jobs_said(), 'completed 31', '... one job to us');
 		$api->no_faults;
 	}
@@ -196,16 +202,18 @@ foreach my $format ('json', 'ndjson')
 }
 $met = $api->counters->{conflicts_own};
 
+either(0);
+
 # The first run has failed, the answer to the second is lost: the list has both
-$api->fault({ job => 'fail_half' }, match => { path => $bulk }, times => 1);
-$api->fault({ drop => 'after' }, match => { path => $bulk }, skip => 1, times => 1);
+$api->fault({ job => 'fail_half' }, match => { path => bulk_path() }, times => 1);
+$api->fault({ drop => 'after' }, match => { path => bulk_path() }, skip => 1, times => 1);
 forget($node, 'postgres', 'requests', 'jobs');
 change('bulk');
 delivered($node, 'postgres');
 is(jobs_said(), 'completed 31', 'the second run is found, not the first');
 is(sql('SELECT max(attempts) FROM userpilot_jobs'), 2, '... which had another name');
 $api->no_faults;
-oracle_equals($node, 'postgres', $api, '... and is what counts', companies => 'SELECT * FROM account_meta');
+all_there('... and is what counts');
 
 # --- somebody else's job ---
 
@@ -218,7 +226,7 @@ until_true('real time goes on', sub { return defined $api->entity('companies', '
 ok(1, 'real time goes on meanwhile');
 $api->finish_jobs;
 delivered($node, 'postgres');
-oracle_equals($node, 'postgres', $api, 'after a foreign job', companies => 'SELECT * FROM account_meta');
+all_there('after a foreign job');
 is(sql('SELECT count(*) FROM userpilot_jobs WHERE error IS NOT NULL AND finished_at > now() - $$1 s$$::interval'),
 	0, '... which is no error');
 

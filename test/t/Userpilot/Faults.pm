@@ -2,7 +2,7 @@
 
 =head1 NAME
 
-Userpilot::Faults - a table whose changes must survive whatever Userpilot does
+Userpilot::Faults - tables whose changes must survive whatever Userpilot does
 
 =cut
 
@@ -18,9 +18,14 @@ use Userpilot;
 
 our @EXPORT = qw(
   $api
+  $kind
   $node
   %answers
+  all_there
+  bulk_path
   change
+  either
+  identify_path
   jobs_said
   set_option
   set_up
@@ -29,6 +34,9 @@ our @EXPORT = qw(
 );
 
 our ($api, $node);
+
+# What change() changes: "companies" or "users"
+our $kind = 'companies';
 
 # Answers that every call may meet
 our %answers = (
@@ -58,13 +66,14 @@ our %answers = (
 	'dripping'             => { drip => 50 },
 );
 
-# What a change of all rows does, by lane
-my %change = (
-	realtime => 'UPDATE accounts SET version = version + 1',
-	bulk     => q{
-		SET session_replication_role = replica;
-		UPDATE accounts SET version = version + 1;
-		SELECT userpilot_bulk_identify_companies(id, metadata) FROM account_meta});
+# Where the API takes them, and the table they come from
+my %identify = (companies => '^/v1/companies/identify$', users => '^/v1/identify$');
+my %table    = (companies => 'accounts', users => 'people');
+
+# A bulk SELECT of all rows
+my %bulk = (
+	companies => 'SELECT userpilot_bulk_identify_companies(id, metadata) FROM account_meta',
+	users     => 'SELECT userpilot_bulk_identify_users(id, metadata, company_id) FROM people_meta');
 
 =pod
 
@@ -74,8 +83,9 @@ my %change = (
 
 =item set_up($name, $timeout)
 
-Starts stand-in and cluster, and creates a table of 30 companies.  Calls may
-take a second, or as many as are given.
+Starts stand-in and cluster, and creates tables of 30 companies and of 30 users,
+who move to another company with each version.  Calls may take a second, or as
+many as are given.
 
 =cut
 
@@ -93,16 +103,27 @@ sub set_up
 		options => "timeout '$timeout', max_attempts '4'");
 	sql(q{
 		CREATE TABLE accounts (id int PRIMARY KEY, version int NOT NULL);
+		CREATE TABLE people (LIKE accounts INCLUDING ALL);
 		CREATE VIEW account_meta AS
 			SELECT id, jsonb_build_object('version', version) AS metadata FROM accounts;
+		CREATE VIEW people_meta AS
+			SELECT id, jsonb_build_object('version', version) AS metadata,
+				'of ' || version % 3 AS company_id FROM people;
 		CREATE FUNCTION to_userpilot() RETURNS trigger LANGUAGE plpgsql AS $$
 		BEGIN
-			PERFORM userpilot_identify_company(NEW.id, jsonb_build_object('version', NEW.version));
+			IF TG_RELID = 'accounts'::regclass THEN
+				PERFORM userpilot_identify_company(id, metadata) FROM account_meta WHERE id = NEW.id;
+			ELSE
+				PERFORM userpilot_identify_user(id, metadata, company_id) FROM people_meta WHERE id = NEW.id;
+			END IF;
 			RETURN NULL;
 		END $$;
 		CREATE TRIGGER to_userpilot AFTER INSERT OR UPDATE ON accounts
 			FOR EACH ROW EXECUTE FUNCTION to_userpilot();
+		CREATE TRIGGER to_userpilot AFTER INSERT OR UPDATE ON people
+			FOR EACH ROW EXECUTE FUNCTION to_userpilot();
 		INSERT INTO accounts SELECT i, 0 FROM generate_series(1, 30) i;
+		INSERT INTO people SELECT i, 0 FROM generate_series(1, 30) i;
 	});
 	delivered($node, 'postgres');
 	return;
@@ -117,17 +138,59 @@ sub sql
 
 =pod
 
+=item either($n)
+
+Takes turns: from now on companies are changed for one $n, users for the next.
+
+=item identify_path(), bulk_path()
+
+What matches the paths of calls about the kind that is being changed.
+
+=cut
+
+sub either
+{
+	my ($n) = @_;
+
+	$kind = $n % 2 ? 'users' : 'companies';
+	return;
+}
+
+sub identify_path { return $identify{$kind}; }
+sub bulk_path     { return "^/v1/$kind/bulk_identify\$"; }
+
+=pod
+
 =item change($lane)
 
-Changes every row, through lane "realtime" or "bulk".
+Changes every row of one kind, through lane "realtime" or "bulk".
 
 =cut
 
 sub change
 {
 	my ($lane) = @_;
+	my $update = "UPDATE $table{$kind} SET version = version + 1";
 
-	return sql($change{$lane});
+	return sql($lane eq 'bulk' ?
+		  "SET session_replication_role = replica; $update; $bulk{$kind}" : $update);
+}
+
+=pod
+
+=item all_there($name)
+
+Tests that Userpilot has what both tables say.
+
+=cut
+
+sub all_there
+{
+	my ($name) = @_;
+
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return oracle_equals($node, 'postgres', $api, $name,
+		companies => 'SELECT * FROM account_meta', users => 'SELECT * FROM people_meta');
 }
 
 =pod
@@ -168,7 +231,7 @@ sub jobs_said
 
 =item survives($name, $do, $path, $lane, $outcome, times => N, at => PATH)
 
-Changes all rows while a rule of the stand-in is in force, for that path or the
+Changes all rows of the kind while a rule of the stand-in is in force, for that path or the
 one given as "at"; tests that the rule acted, that the request log names the
 outcome for that path, that nothing died and that all has arrived.  A rule may
 be a sub to call instead.
@@ -189,7 +252,7 @@ sub survives
 	change($lane);
 	delivered($node, 'postgres');
 
-	cmp_ok(ref $do eq 'CODE' || $api->fault_hits, '>=', 1, "$name: it happened");
+	cmp_ok(ref $do eq 'CODE' || $api->fault_hits, '>=', 1, "$kind: $name: it happened");
 	$api->no_faults;
 	like(outcomes($node, 'postgres', $path), $outcome, '... and was logged for what it is')
 	  or diag($name);
@@ -200,7 +263,7 @@ sub survives
 				+ (SELECT count(*) FROM userpilot_jobs WHERE finished_at IS NULL)}) eq '0';
 		});
 	is(dead_letters($node, 'postgres'), 0, '... nothing died');
-	oracle_equals($node, 'postgres', $api, '...', companies => 'SELECT * FROM account_meta');
+	all_there('...');
 	return;
 }
 
