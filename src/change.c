@@ -10,6 +10,7 @@
 #include "postgres.h"
 
 #include "access/transam.h"
+#include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
@@ -28,17 +29,53 @@ longer_than(const char *str, int len, int limit)
 	return len > limit && pg_mbstrlen_with_len(str, len) > limit;
 }
 
-/* SQL_ASCII databases may hold bytes that are no UTF-8: never sendable */
+static bool
+is_ascii(const char *str, int len)
+{
+	for (int i = 0; i < len; i++)
+		if (IS_HIGHBIT_SET(str[i]))
+			return false;
+	return true;
+}
+
+/* Whether every character has an equivalent in UTF-8 */
+static bool
+is_translatable(const char *str, int len)
+{
+	int			encoding = GetDatabaseEncoding();
+	Oid			conversion = FindDefaultConversionProc(encoding, PG_UTF8);
+	int			room = len * MAX_CONVERSION_GROWTH + 1;
+	unsigned char *result;
+	bool		good;
+
+	if (!OidIsValid(conversion))
+		return false;
+	result = palloc(room);
+	good = pg_do_encoding_conversion_buf(conversion, encoding, PG_UTF8, (unsigned char *) str,
+										 len, result, room, true) == len;
+	pfree(result);
+	return good;
+}
+
+/* Text of other encodings than UTF-8 may hold what cannot be sent */
 static void
 check_encoding(const char *str, int len, const char *what)
 {
-	if (GetDatabaseEncoding() != PG_SQL_ASCII)
+	if (GetDatabaseEncoding() == PG_UTF8 || is_ascii(str, len))
 		return;
-	if (pg_encoding_verifymbstr(PG_UTF8, str, len) != len)
+	if (GetDatabaseEncoding() == PG_SQL_ASCII)
+	{
+		if (pg_encoding_verifymbstr(PG_UTF8, str, len) != len)
+			ereport(ERROR,
+					(errcode(ERRCODE_CHARACTER_NOT_IN_REPERTOIRE),
+					 errmsg("%s is not valid UTF-8", what),
+					 errdetail("The database encoding is SQL_ASCII, so its text is sent as it is; Userpilot takes UTF-8.")));
+	}
+	else if (!is_translatable(str, len))
 		ereport(ERROR,
-				(errcode(ERRCODE_CHARACTER_NOT_IN_REPERTOIRE),
-				 errmsg("%s is not valid UTF-8", what),
-				 errdetail("The database encoding is SQL_ASCII, so its text is sent as it is; Userpilot takes UTF-8.")));
+				(errcode(ERRCODE_UNTRANSLATABLE_CHARACTER),
+				 errmsg("%s has a character without an equivalent in UTF-8", what),
+				 errdetail("The database encoding is %s; Userpilot takes UTF-8.", GetDatabaseEncodingName())));
 }
 
 static text *
@@ -172,7 +209,8 @@ check_value(const JsonbValue *name, const JsonbValue *value)
 				 errmsg("%s is longer than %d characters",
 						property_label(name), USERPILOT_MAX_VALUE_CHARS),
 				 errhint("Cut it in the query: left(value, %d).", USERPILOT_MAX_VALUE_CHARS)));
-	check_encoding(value->val.string.val, value->val.string.len, property_label(name));
+	if (!is_ascii(value->val.string.val, value->val.string.len))
+		check_encoding(value->val.string.val, value->val.string.len, property_label(name));
 }
 
 static void
@@ -196,7 +234,7 @@ plainly_good(const JsonbContainer *object)
 	int			n = JsonContainerSize(object);
 	uint32		end = 0;
 
-	if (GetDatabaseEncoding() == PG_SQL_ASCII)
+	if (GetDatabaseEncoding() != PG_UTF8)
 		return false;
 	for (int i = 0; i < 2 * n; i++)
 	{

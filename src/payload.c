@@ -344,7 +344,7 @@ payload_utf8(char *text, int len, int *utf8_len)
 {
 	char	   *converted;
 
-	/* callers refuse non-UTF-8 in SQL_ASCII databases when it is queued */
+	/* what cannot be converted, or is no UTF-8 at all, was refused when it came (change.c) */
 	if (GetDatabaseEncoding() == PG_UTF8 || GetDatabaseEncoding() == PG_SQL_ASCII)
 	{
 		*utf8_len = len;

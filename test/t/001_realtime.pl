@@ -209,6 +209,39 @@ oracle_equals($node, 'latin', $latin_api, 'LATIN1',
 		chr(233) || '1' AS company_id FROM generate_series(1, 20) i});
 no_violations($latin_api, 'LATIN1');
 
+# --- an encoding with holes: what UTF-8 has no equivalent for holds nothing up ---
+
+$latin_api->reset;
+$node->safe_psql('postgres',
+	q{CREATE DATABASE holes TEMPLATE template0 ENCODING 'WIN1252' LC_COLLATE 'C' LC_CTYPE 'C'});
+create_environment($node, 'holes', $latin_api);
+foreach my $call (
+	q{userpilot_identify_company('1', jsonb_build_object('a', chr(129)))},
+	q{userpilot_identify_company('1', jsonb_build_object(chr(129), 'a'))},
+	q{userpilot_identify_company(chr(129), '{}')},
+	q{userpilot_identify_user('1', '{}', chr(129))},
+	q{userpilot_bulk_identify_companies('1', jsonb_build_object('a', chr(129)))})
+{
+	my (undef, undef, $err) = $node->psql('holes', "\\set VERBOSITY verbose\nSELECT $call");
+
+	like($err, qr/22P05: .* has a character without an equivalent in UTF-8.*WIN1252/s, "refused: $call");
+}
+(undef, undef, $err) = $node->psql('holes', q{
+	CREATE TABLE accounts (id int, name text);
+	CREATE TRIGGER to_userpilot AFTER INSERT ON accounts FOR EACH ROW
+		EXECUTE FUNCTION userpilot_company_trigger('id', 'name');
+	INSERT INTO accounts VALUES (1, chr(129)), (2, chr(128))});
+like($err, qr/WARNING:  not sent to Userpilot/, '... by a trigger with a warning');
+delivered($node, 'holes');
+is($node->safe_psql('holes', 'SELECT entity_id, error FROM userpilot_dead_letters'),
+	'1|trigger "to_userpilot" of table "accounts": metadata."name" has a character without an equivalent in UTF-8', '... it is a dead letter');
+is($node->safe_psql('holes', 'SELECT userpilot_retry()'), 0, '... and stays one');
+is_deeply(
+	$latin_api->get('/_/state?kind=companies'),
+	{ 2 => { metadata => { name => "\x{20ac}" } } },
+	'... and what follows it arrives');
+no_violations($latin_api, 'WIN1252');
+
 # --- two servers in one database ---
 
 my $second = Userpilot::StandIn->new(key => 'second-key');
