@@ -130,6 +130,7 @@ application_find(uint64 id)
 	{
 		memset(oldest, 0, sizeof(*oldest));
 		oldest->id = id;
+		oldest->used_at = clock_now();	/* not before those that are free */
 	}
 	return oldest;
 }

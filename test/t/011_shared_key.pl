@@ -157,31 +157,45 @@ cmp_ok($counters->{max_identify_per_minute}, '<=', 600, '... and within the limi
 # --- a crash: what the others called counts, whoever is at work first ---
 
 my $slow_api  = Userpilot::StandIn->new(scale => 10);
+my $other_api = Userpilot::StandIn->new(scale => 10, key => 'another-key');
 my $slow_node = new_node('shared_key_crash', scale => 10);
 my $each      = 300;
 
 $slow_node->safe_psql('postgres', 'CREATE DATABASE second');
 $slow_api->pause;
+$other_api->pause;
+
+# As many real-time changes as do not make a job
+sub queue_each
+{
+	my ($db, $server, $at) = @_;
+
+	create_environment($slow_node, $db, $at, server => $server);
+	$slow_node->safe_psql(
+		$db, qq{
+		SET userpilot.server = '$server';
+		DO \$\$
+		BEGIN
+			FOR i IN 1..$each LOOP
+				PERFORM userpilot_identify_company('$db $server ' || i, '{"a": 1}');
+				IF i % 100 = 0 THEN COMMIT; END IF;
+			END LOOP;
+		END \$\$});
+	return;
+}
+
 foreach my $db (@dbs)
 {
-	foreach my $server (sort keys %servers)
-	{
-		create_environment($slow_node, $db, $slow_api, server => $server);
-		$slow_node->safe_psql(
-			$db, qq{
-			SET userpilot.server = '$server';
-			DO \$\$
-			BEGIN
-				FOR i IN 1..$each LOOP
-					PERFORM userpilot_identify_company('$db $server ' || i, '{"a": 1}');
-					IF i % 100 = 0 THEN COMMIT; END IF;
-				END LOOP;
-			END \$\$});
-	}
+	queue_each($db, $_, $slow_api) foreach sort keys %servers;
 }
+queue_each('postgres', "another_$_", $other_api) foreach 1 .. 3;
+$other_api->go_on;
 $slow_api->go_on;
-until_true('the minute is nearly used up',
-	sub { return ($slow_api->counters->{calls}{identify} // 0) >= 540; });
+foreach my $one ($slow_api, $other_api)
+{
+	until_true('the minute is nearly used up',
+		sub { return ($one->counters->{calls}{identify} // 0) >= 540; });
+}
 $slow_node->stop('immediate');
 $slow_node->start;
 delivered($slow_node, $_) foreach @dbs;
@@ -190,5 +204,7 @@ cmp_ok($counters->{calls}{identify}, '>=', 4 * $each, 'a crash: all was called')
 cmp_ok($counters->{max_identify_per_minute}, '<=', 600, '... within the limit');
 is(scalar(keys %{ $slow_api->get('/_/state?kind=companies') }), 4 * $each, '... and has come');
 no_violations($slow_api, 'crash');
+is(scalar(keys %{ $other_api->get('/_/state?kind=companies') }), 3 * $each, '... with another key, too');
+no_violations($other_api, 'crash, another key');
 
 done_testing();
