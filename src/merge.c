@@ -154,18 +154,6 @@ merge_batches_find(const MergeBatches *set, int64 id)
 	return bsearch(&id, set->batch, set->n, sizeof(MergeBatch), compare_id);
 }
 
-/* Frees what merge_batches_init allocated */
-void
-merge_batches_free(MergeBatches *set)
-{
-	if (set->n > 0)
-	{
-		pfree(set->by_order);
-		pfree(set->own);
-	}
-	memset(set, 0, sizeof(MergeBatches));
-}
-
 /*
  * The order below which all batches are older than a change of that xid, 0 if
  * none is.  Not for the batches' own transactions.
@@ -197,29 +185,23 @@ values_equal(const MergeValue *a, const MergeValue *b)
 
 /* Frees a value's bytes; it is then a null without any */
 static void
-clear_value(MergeEntity *entity, MergeValue *value)
+clear_value(MergeValue *value)
 {
 	if (value->data != NULL)
-	{
 		pfree((char *) value->data);
-		entity->bytes -= value->len;
-	}
 	memset(value, 0, sizeof(MergeValue));
 }
 
 /* Replaces a value by a copy of another, which must not be itself */
 static void
-copy_value(MergeEntity *entity, MergeValue *to, const MergeValue *from)
+copy_value(MergeValue *to, const MergeValue *from)
 {
 	/* a counter or timestamp mostly keeps its length, and so its memory */
 	if (to->len != from->len)
 	{
-		clear_value(entity, to);
+		clear_value(to);
 		if (from->len > 0)
-		{
 			to->data = palloc(from->len);
-			entity->bytes += from->len;
-		}
 	}
 	to->type = from->type;
 	to->len = from->len;
@@ -278,7 +260,6 @@ add_key(MergeEntity *entity, const char *name, int namelen, int place)
 
 	if (entity->nkeys == entity->maxkeys)
 	{
-		entity->bytes += entity->maxkeys * (sizeof(MergeKey) + sizeof(int));
 		entity->maxkeys *= 2;
 		entity->keys = repalloc(entity->keys,
 								entity->maxkeys * sizeof(MergeKey));
@@ -296,7 +277,6 @@ add_key(MergeEntity *entity, const char *name, int namelen, int place)
 		memcpy(key->name, name, namelen);
 	key->name[namelen] = '\0';
 	key->namelen = namelen;
-	entity->bytes += namelen + 1;
 	return entity->nkeys++;
 }
 
@@ -322,8 +302,6 @@ merge_begin(const MergeBatches *batches)
 	entity->maxkeys = 8;
 	entity->keys = palloc(entity->maxkeys * sizeof(MergeKey));
 	entity->sorted = palloc(entity->maxkeys * sizeof(int));
-	entity->bytes = sizeof(MergeEntity) +
-		entity->maxkeys * (sizeof(MergeKey) + sizeof(int));
 	return entity;
 }
 
@@ -337,14 +315,14 @@ merge_profile(MergeEntity *entity, const char *name, int namelen,
 	key->version = *version;
 	key->known = (value != NULL);
 	if (value != NULL)
-		copy_value(entity, &key->value, value);
+		copy_value(&key->value, value);
 	else
-		clear_value(entity, &key->value);
+		clear_value(&key->value);
 }
 
 /* Remembers a change by a transaction that ran a bulk SELECT itself */
 static void
-remember_later(MergeEntity *entity, MergeKey *key, uint64 lsn, uint64 xid)
+remember_later(MergeKey *key, uint64 lsn, uint64 xid)
 {
 	int			i;
 
@@ -367,7 +345,6 @@ remember_later(MergeEntity *entity, MergeKey *key, uint64 lsn, uint64 xid)
 		else
 			key->later = repalloc(key->later,
 								  key->maxlater * sizeof(MergeLater));
-		entity->bytes += add * sizeof(MergeLater);
 	}
 	key->later[key->nlater].xid = xid;
 	key->later[key->nlater].lsn = lsn;
@@ -393,7 +370,7 @@ fold_direct(MergeEntity *entity, uint64 lsn, uint64 xid,
 		MergeKey   *key = get_key(entity, props[i].name, props[i].namelen);
 
 		if (own)
-			remember_later(entity, key, lsn, xid);
+			remember_later(key, lsn, xid);
 		key->later_than = Max(key->later_than, later_than);
 
 		if (key->has_direct && lsn < key->direct_lsn)
@@ -401,7 +378,7 @@ fold_direct(MergeEntity *entity, uint64 lsn, uint64 xid,
 		key->has_direct = true;
 		key->direct_lsn = lsn;
 		key->direct_xid = xid;
-		copy_value(entity, &key->direct, &props[i].value);
+		copy_value(&key->direct, &props[i].value);
 	}
 }
 
@@ -436,7 +413,7 @@ fold_batch(MergeEntity *entity, uint64 lsn, const MergeBatch *batch,
 		key->batch = batch;
 		key->batch_order = order;
 		key->batch_lsn = lsn;
-		copy_value(entity, &key->batched, &props[i].value);
+		copy_value(&key->batched, &props[i].value);
 	}
 }
 
@@ -475,9 +452,40 @@ batch_applies(const MergeKey *key)
 	return true;
 }
 
+/*
+ * Whether the bulk SELECT that was applied last has seen the newest direct
+ * change: one that was not at hand then, but among the dead letters.  If its
+ * record is gone, positions decide; so they do while the value is unknown, for
+ * the SELECT's own row may be among the dead letters now.
+ */
+static bool
+superseded(const MergeBatches *set, const MergeKey *key)
+{
+	uint64		order = key->version.order;
+	int			low = 0;
+	int			high = set != NULL ? set->n : 0;
+	int			i;
+
+	while (low < high)
+	{
+		int			mid = low + (high - low) / 2;
+
+		if (batch_order(set->by_order[mid]) < order)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	for (i = low; set != NULL && i < set->n && batch_order(set->by_order[i]) == order; i++)
+	{
+		if (later_than_batch(set->by_order[i], key->direct_lsn, key->direct_xid))
+			return false;
+	}
+	return i > low;
+}
+
 /* Decides one key */
 static void
-decide_key(MergeKey *key)
+decide_key(const MergeBatches *set, MergeKey *key)
 {
 	const MergeVersion *v = &key->version;
 	const MergeValue *winner = NULL;
@@ -499,7 +507,8 @@ decide_key(MergeKey *key)
 	}
 	else if (key->has_direct &&
 			 (key->direct_lsn > v->lsn ||
-			  (key->direct_lsn == v->lsn && !key->known)))
+			  (key->direct_lsn == v->lsn && !key->known)) &&
+			 !(key->known && superseded(set, key)))
 	{
 		winner = &key->direct;
 		key->after.lsn = key->direct_lsn;
@@ -537,7 +546,7 @@ merge_finish(MergeEntity *entity)
 	{
 		MergeKey   *key = &entity->keys[i];
 
-		decide_key(key);
+		decide_key(entity->batches, key);
 		if (key->send && key->namelen > 0 && ++nproperties > USERPILOT_MAX_PROPERTIES)
 		{
 			leave_key(key);
@@ -565,7 +574,7 @@ merge_mark(MergeEntity *entity)
 		if (key->send)
 		{
 			key->known = false;
-			clear_value(entity, &key->value);
+			clear_value(&key->value);
 		}
 	}
 }
@@ -583,9 +592,23 @@ merge_learn(MergeEntity *entity)
 		if (key->send)
 		{
 			key->known = true;
-			copy_value(entity, &key->value, &key->sending);
+			copy_value(&key->value, &key->sending);
 		}
 	}
+}
+
+#ifdef FRONTEND
+
+/* Frees what merge_batches_init allocated */
+void
+merge_batches_free(MergeBatches *set)
+{
+	if (set->n > 0)
+	{
+		pfree(set->by_order);
+		pfree(set->own);
+	}
+	memset(set, 0, sizeof(MergeBatches));
 }
 
 /* Frees an entity and all it holds; the batches are the caller's */
@@ -598,9 +621,9 @@ merge_free(MergeEntity *entity)
 	{
 		MergeKey   *key = &entity->keys[i];
 
-		clear_value(entity, &key->value);
-		clear_value(entity, &key->direct);
-		clear_value(entity, &key->batched);
+		clear_value(&key->value);
+		clear_value(&key->direct);
+		clear_value(&key->batched);
 		if (key->later != NULL)
 			pfree(key->later);
 		pfree(key->name);
@@ -609,3 +632,5 @@ merge_free(MergeEntity *entity)
 	pfree(entity->keys);
 	pfree(entity);
 }
+
+#endif

@@ -5,10 +5,10 @@
  *
  * Pure: no SQL, no clock, no HTTP.  Builds with and without the server
  * (FRONTEND), so that generated histories can be run through it by the
- * hundred thousand.
+ * hundred thousand; only there anything is freed one by one.
  *
  * Changes are folded in one at a time, in any order but that rows of one
- * (lsn) come in physical order; memory per entity follows its keys, not
+ * (lsn) come in physical order (each of a bulk SELECT has its own); memory per entity follows its keys, not
  * its changes.  Rows of one entity that share an lsn are to be folded in
  * together: once one of them is acknowledged the others count as old.
  */
@@ -130,13 +130,11 @@ typedef struct MergeEntity
 	int			next;			/* where the next key is likely to be */
 	int		   *sorted;			/* indexes into keys, in some order of names */
 	bool		more;			/* set by merge_finish: another body is needed */
-	size_t		bytes;			/* memory held, roughly */
 } MergeEntity;
 
 /* The array, sorted by id, and each xip must live as long as the set */
 extern void merge_batches_init(MergeBatches *set, const MergeBatch *batch, int n);
 extern const MergeBatch *merge_batches_find(const MergeBatches *set, int64 id);
-extern void merge_batches_free(MergeBatches *set);
 
 /*
  * All memory comes from CurrentMemoryContext (malloc without a server), which
@@ -174,6 +172,9 @@ extern int	merge_finish(MergeEntity *entity);
 extern void merge_mark(MergeEntity *entity);
 extern void merge_learn(MergeEntity *entity);
 
+#ifdef FRONTEND
 extern void merge_free(MergeEntity *entity);
+extern void merge_batches_free(MergeBatches *set);
+#endif
 
 #endif
