@@ -80,6 +80,19 @@ all_databases(void)
 	return databases;
 }
 
+static bool
+is_connectable(Oid database)
+{
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "userpilot databases",
+												  ALLOCSET_SMALL_SIZES);
+	MemoryContext old = MemoryContextSwitchTo(context);
+	bool		found = list_member_oid(all_databases(), database);
+
+	MemoryContextSwitchTo(old);
+	MemoryContextDelete(context);
+	return found;
+}
+
 static void
 start_worker(Oid database, uint64 start)
 {
@@ -124,7 +137,8 @@ notice_ends(void)
 			continue;
 		pfree(started[i].handle);
 		started[i].handle = NULL;
-		state_launcher_ended(started[i].database, started[i].start, clock_now());
+		state_launcher_ended(started[i].database, started[i].start,
+							 is_connectable(started[i].database), clock_now());
 	}
 }
 

@@ -5,8 +5,8 @@
  * The latch is a hint, the counter is the truth: a commit raises its
  * database's counter under the slot's spinlock and then sets a latch; a
  * worker leaves only if, under the same spinlock, nothing came since it last
- * looked.  Slots are never freed while the server runs, so a backend may keep
- * a pointer to its own.
+ * looked.  A backend keeps a pointer to its slot, and looks it up again if
+ * another database has it by now.
  */
 #include "postgres.h"
 
@@ -135,6 +135,27 @@ state_available(void)
 	return shared != NULL;
 }
 
+/* A slot of which nothing is wanted is anybody's: its database may be gone.
+ * With the lock held exclusively; NULL: all are in use. */
+static StateSlot *
+slot_take_idle(void)
+{
+	for (int i = 0; i < shared->nslots; i++)
+	{
+		StateSlot  *slot = &shared->slots[i];
+		bool		idle;
+
+		SpinLockAcquire(&slot->mutex);
+		idle = slot->worker_pid == 0 && !slot->starting && !slot->wanted && slot->due_at == 0;
+		if (idle)
+			slot->database = InvalidOid;
+		SpinLockRelease(&slot->mutex);
+		if (idle)
+			return slot;
+	}
+	return NULL;
+}
+
 /* The slot of a database; made if asked for and there is room, else NULL */
 static StateSlot *
 slot_find(Oid database, bool create)
@@ -153,11 +174,14 @@ slot_find(Oid database, bool create)
 		if (free_slot == NULL && !OidIsValid(shared->slots[i].database))
 			free_slot = &shared->slots[i];
 	}
-	if (slot == NULL && create && free_slot != NULL)
+	if (slot == NULL && create)
+		slot = free_slot ? free_slot : slot_take_idle();
+	if (slot != NULL && slot->database != database)
 	{
-		slot = free_slot;
+		SpinLockAcquire(&slot->mutex);
 		slot->starting = false;
 		slot->wanted = false;
+		slot->read_all = false;
 		slot->worker_pid = 0;
 		slot->worker_latch = NULL;
 		slot->left_cleanly = true;
@@ -165,7 +189,10 @@ slot_find(Oid database, bool create)
 		slot->failures = 0;
 		slot->not_before = 0;
 		slot->due_at = 0;
+		slot->unserved_until = 0;
+		slot->no_worker_slot = false;
 		slot->database = database;
+		SpinLockRelease(&slot->mutex);
 	}
 	LWLockRelease(shared->lock);
 	return slot;
@@ -227,6 +254,22 @@ state_forget(void)
 	commit_reads_all = false;
 }
 
+/* Acquires the mutex of this database's slot; false if there is none.  It may
+ * have become another's meanwhile. */
+static bool
+lock_my_slot(void)
+{
+	while (my_slot != NULL)
+	{
+		SpinLockAcquire(&my_slot->mutex);
+		if (my_slot->database == MyDatabaseId)
+			return true;
+		SpinLockRelease(&my_slot->mutex);
+		my_slot = slot_find(MyDatabaseId, true);
+	}
+	return false;
+}
+
 /* After commit: raise the counter, set whose latch it is.  Cannot fail. */
 void
 state_commit(void)
@@ -234,16 +277,13 @@ state_commit(void)
 	Latch	   *latch;
 	int64		now;
 
-	if (commit_wakes && my_slot != NULL && my_slot->database != MyDatabaseId)
-		my_slot = slot_find(MyDatabaseId, true);	/* it was vacated meanwhile */
-	if (!commit_wakes || my_slot == NULL)
+	if (!commit_wakes || !lock_my_slot())
 	{
 		state_forget();
 		return;
 	}
 
 	now = clock_now();
-	SpinLockAcquire(&my_slot->mutex);
 	my_slot->changes++;
 	my_slot->bulk_changes += commit_has_bulk || commit_reads_all;
 	my_slot->read_all |= commit_reads_all;
@@ -315,10 +355,9 @@ state_worker_attach(void)
 	bool		taken = false;
 
 	my_slot = slot_find(MyDatabaseId, true);
-	if (my_slot == NULL)
+	if (!lock_my_slot())
 		proc_exit(0);
 
-	SpinLockAcquire(&my_slot->mutex);
 	if (my_slot->worker_pid != 0)
 		taken = true;
 	else
@@ -577,9 +616,9 @@ state_launcher_started(Oid database, bool registered)
 	SpinLockRelease(&slot->mutex);
 }
 
-/* The worker of this start is gone */
+/* The worker of this start is gone; connectable: its database is still there */
 void
-state_launcher_ended(Oid database, uint64 start, int64 now)
+state_launcher_ended(Oid database, uint64 start, bool connectable, int64 now)
 {
 	StateSlot  *slot = slot_find(database, false);
 
@@ -595,7 +634,12 @@ state_launcher_ended(Oid database, uint64 start, int64 now)
 		return;
 	}
 	slot->starting = false;
-	if (!slot->attached)
+	if (!slot->attached && connectable)
+	{
+		/* it could not be started */
+		slot->left_cleanly = slot->progressed = false;
+	}
+	else if (!slot->attached)
 	{
 		/* the database is gone, or takes no connections: its slot is free */
 		slot->left_cleanly = true;

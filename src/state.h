@@ -52,7 +52,7 @@ extern bool state_launcher_counted(Oid database);	/* ... it has counted */
 extern StateLaunch state_launcher_next(int64 now, Oid *database, uint64 *start,
 									   int64 *wait_until);
 extern void state_launcher_started(Oid database, bool registered);
-extern void state_launcher_ended(Oid database, uint64 start, int64 now);
+extern void state_launcher_ended(Oid database, uint64 start, bool connectable, int64 now);
 extern const char *state_launch_problem(Oid database);
 
 #endif

@@ -41,6 +41,9 @@
  * whether prepared transactions were decided (real ms) */
 #define WATCH_MS 1000
 
+/* A version that is not the library's is looked at again so often (real ms) */
+#define VERSION_MS (60 * 1000)
+
 /* Having made way, comes back after so long (real ms) */
 #define RETREAT_MS 2000
 
@@ -58,6 +61,7 @@
 #define MAX_CONNECTIONS 100
 #define MAX_RESULTS 256			/* dealt with in one transaction */
 
+static bool installed;			/* the extension, in whichever version */
 static Oid	extension;
 static Oid	extension_owner;
 static Http *http;
@@ -125,7 +129,6 @@ static bool
 extension_is_ours(void)
 {
 	char	   *version = NULL;
-	bool		installed;
 	bool		same;
 
 	StartTransactionCommand();
@@ -466,15 +469,17 @@ may_start(void)
 	int64		since_last;
 	int64		wait = 0;
 	int			starts;
+	bool		may;
 
 	begin_step();
 	starts = ledger_starts(&since_last);
 	if (starts >= STARTS_FREE)
 		wait = Min((int64) START_WAIT_MS << Min(starts - STARTS_FREE, 12), START_WAIT_MAX_MS);
-	if (since_last >= wait)
+	may = since_last >= wait || since_last < 0; /* the clock was set back */
+	if (may)
 		ledger_start();
 	step_end(true);
-	if (since_last >= wait)
+	if (may)
 		return true;
 	ereport(LOG,
 			(errmsg("userpilot: the worker of this database was started %d times and got nowhere; the next start is in %d s",
@@ -500,7 +505,7 @@ note_progress(void)
 static void
 serve(void)
 {
-	TimestampTz watched_at = 0;
+	int64		watch_at = 0;
 	int64		pruned_at = clock_now();
 	int64		busy_at = clock_now();
 	bool		first = true;
@@ -516,14 +521,14 @@ serve(void)
 		{
 			ConfigReloadPending = false;
 			ProcessConfigFile(PGC_SIGHUP);
-			watched_at = 0;
+			watch_at = 0;
 		}
-		if (TimestampDifferenceExceeds(watched_at, GetCurrentTimestamp(), WATCH_MS) ||
+		if (clock_now() >= watch_at ||
 			(nsenders == 0 && wake.changes != seen_changes))
 		{
 			if (!watch(&pruned_at))
 				return;
-			watched_at = GetCurrentTimestamp();
+			watch_at = clock_now() + clock_api_ms(WATCH_MS);
 		}
 
 		if (nsenders == 0 && !prepared_pending && !wake.read_all)
@@ -577,7 +582,10 @@ userpilot_worker_main(Datum arg)
 	start_up(DatumGetObjectId(arg));
 	if (!extension_is_ours())
 	{
-		state_worker_vacate();
+		if (installed)
+			state_worker_retreat(clock_now() + clock_api_ms(VERSION_MS));
+		else
+			state_worker_vacate();
 		proc_exit(0);
 	}
 	if (may_start())

@@ -204,6 +204,14 @@ oracle_equals($node, 'postgres', $api, 'immediate stops', companies => 'SELECT *
 is(dead_letters($node, 'postgres'), 0, 'nothing died');
 no_violations($api, 'crashes');
 
+# --- the clock is set back: the last start lies in the future ---
+
+$node->poll_query_until('postgres', 'SELECT userpilot_worker_pid() IS NULL') or die 'the worker stays';
+$node->safe_psql('postgres', q{UPDATE userpilot_worker_starts SET at = at + '1 hour'});
+enqueue('postgres', 'set back', 10);
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, 'a clock that was set back', companies => 'SELECT * FROM sent');
+
 # --- the extension goes and comes ---
 
 $api->pause;
@@ -242,11 +250,27 @@ ok(1, 'the status says that max_worker_processes is exhausted');
 (undef, undef, $err) = $small->psql('postgres', 'CALL userpilot_check()');
 like($err, qr/\[!!\] 0 of 2 background worker slots are free.*HINT:  Raise max_worker_processes/s,
 	'... so does the check');
-$small->append_conf('postgresql.conf', 'max_worker_processes = 4');
+$small->append_conf('postgresql.conf', "max_worker_processes = 4\nuserpilot.max_databases = 2");
 $small->restart;
 delivered($small, 'postgres');
 oracle_equals($small, 'postgres', $api, '... with room, all is delivered',
 	companies => q{SELECT 'c' AS id, '{"v":1}'::jsonb AS metadata});
+
+# --- databases that come and go, more than have room at once ---
+
+foreach my $db ('one', 'two', 'three')
+{
+	$small->safe_psql('postgres', "CREATE DATABASE $db");
+	create_environment($small, $db, $api);
+	$small->safe_psql($db, qq{SELECT userpilot_identify_company('$db', '{}')});
+	delivered($small, $db);
+	ok($api->entity('companies', $db), "database $db delivers");
+	$small->poll_query_until($db, 'SELECT userpilot_worker_pid() IS NULL') or die 'the worker stays';
+	$small->safe_psql('postgres', "DROP DATABASE $db") if $db ne 'three';
+}
+$small->safe_psql('postgres', q{SELECT userpilot_identify_company('again', '{}')});
+delivered($small, 'postgres');
+ok($api->entity('companies', 'again'), '... and so does the first one still');
 no_violations($api, 'stops');
 
 done_testing();
