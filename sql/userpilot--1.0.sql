@@ -47,7 +47,7 @@ COMMENT ON COLUMN userpilot_enabled.server_oid IS
 COMMENT ON COLUMN userpilot_enabled.system_identifier IS
 'system identifier of the cluster that sends';
 COMMENT ON COLUMN userpilot_enabled.database IS
-'OID of the database that sends';
+'OID of the database that sends; 0: disabled';
 COMMENT ON COLUMN userpilot_enabled.enabled_at IS
 'when it was last enabled';
 COMMENT ON COLUMN userpilot_enabled.by IS
@@ -130,7 +130,7 @@ COMMENT ON COLUMN userpilot_batches.rows IS 'Rows queued.';
 COMMENT ON COLUMN userpilot_batches.unchanged IS 'Rows left out because Userpilot has what they say.';
 COMMENT ON COLUMN userpilot_batches.invalid IS 'Rows that went to userpilot_dead_letters (userpilot_sync_table).';
 COMMENT ON COLUMN userpilot_batches.pending IS 'Rows not acknowledged yet, as the worker last counted them: before each job, and after the last.';
-COMMENT ON COLUMN userpilot_batches.statement IS 'The statement''s first 1,000 bytes.';
+COMMENT ON COLUMN userpilot_batches.statement IS 'The statement''s first 1,000 bytes, without others that were sent with it.';
 COMMENT ON COLUMN userpilot_batches.started_at IS 'When the SELECT met its first row.';
 COMMENT ON COLUMN userpilot_batches.by IS 'Role that ran it.';
 
@@ -732,6 +732,13 @@ AS 'MODULE_PATHNAME';
 COMMENT ON FUNCTION userpilot_invalidate(text, text, text, timestamptz) IS
 'Stops believing what Userpilot is known to have, and returns for how many companies and users: all of a server, of a kind, one entity, or those acknowledged since a time. Sends nothing by itself: what is queued next goes whole, even if it was sent before. For the server''s owner; after a failover that lost changes, a restore, or changes made at Userpilot by others.';
 
+CREATE FUNCTION userpilot_refusal(entity_id text, company_id text, metadata jsonb)
+RETURNS text
+LANGUAGE C STABLE PARALLEL SAFE
+AS 'MODULE_PATHNAME';
+COMMENT ON FUNCTION userpilot_refusal(text, text, jsonb) IS
+'Why a change can never be sent, in words; null if it can. Sends nothing. Dead letters of which it says something are not retried.';
+
 -- ---------------------------------------------------------------------------
 -- In SQL.  Resolved in pg_catalog: the schema may be another's, or one in which
 -- others create, whose operators and functions might fit better.
@@ -747,7 +754,7 @@ BEGIN ATOMIC
 	SELECT @extschema@.userpilot_wake();
 	WITH back AS (
 		DELETE FROM @extschema@.userpilot_dead_letters d
-		WHERE d.entity_id <> '' AND d.id = coalesce($1, d.id) AND d.server = coalesce($2, d.server)
+		WHERE @extschema@.userpilot_refusal(d.entity_id, d.company_id, d.metadata) IS NULL AND d.id = coalesce($1, d.id) AND d.server = coalesce($2, d.server)
 		  AND d.kind = coalesce($3, d.kind) AND d.entity_id = coalesce($4, d.entity_id)
 		RETURNING d.*
 	), again AS (
@@ -763,7 +770,7 @@ BEGIN ATOMIC
 	SELECT count(*) FROM moved;
 END;
 COMMENT ON FUNCTION @extschema@.userpilot_retry(bigint, text, text, text) IS
-'Moves dead letters back into the queue, as they were, and returns how many: one by its id, those of a server, of a kind, of an entity, or all. An older value still does not overwrite a newer one. For whoever may write the tables.';
+'Moves dead letters back into the queue, as they were, and returns how many: one by its id, those of a server, of a kind, of an entity, or all. Those that can never be sent stay: userpilot_refusal() says why. An older value still does not overwrite a newer one. For whoever may write the tables.';
 REVOKE ALL ON FUNCTION @extschema@.userpilot_retry(bigint, text, text, text) FROM PUBLIC;
 
 CREATE FUNCTION @extschema@.userpilot_trace(kind text, id text)

@@ -11,6 +11,7 @@
  */
 #include "postgres.h"
 
+#include <ctype.h>
 #include <math.h>
 
 #include "access/htup_details.h"
@@ -137,6 +138,22 @@ read_row(void *arg)
 
 /* ------------------------------------------------------ bulk aggregates */
 
+/* The statement alone, as the caller may have sent others with it */
+static char *
+statement_of(FunctionCallInfo fcinfo)
+{
+	const EState *estate = ((AggState *) fcinfo->context)->ss.ps.state;
+	const PlannedStmt *plan = estate->es_plannedstmt;
+	const char *text = estate->es_sourceText + Max(plan->stmt_location, 0);
+	int			len = plan->stmt_len > 0 ? plan->stmt_len : (int) strlen(text);
+
+	for (; len > 0 && isspace((unsigned char) *text); len--)
+		text++;
+	while (len > 0 && isspace((unsigned char) text[len - 1]))
+		len--;
+	return pnstrdup(text, len);
+}
+
 static void
 open_intake(FunctionCallInfo fcinfo, AggregateCall *call, UserpilotKind kind, bool preview)
 {
@@ -147,7 +164,7 @@ open_intake(FunctionCallInfo fcinfo, AggregateCall *call, UserpilotKind kind, bo
 	refuse_grouping_sets(fcinfo);
 	/* a copy: whatever else the statement calls may look up another server */
 	call->intake = intake_open(environment_ref(environment_current()->serverid), kind,
-							   preview ? NULL : command);
+							   preview ? NULL : command, statement_of(fcinfo));
 	MemoryContextSwitchTo(old);
 }
 

@@ -44,6 +44,21 @@ answered_ask(Sender *sender, const ApiJob *jobs, int n, const DeliveryDecision *
 	bulk_enter(bulk, BULK_PREPARE, now);
 }
 
+/* Userpilot's word for how a job fares, or another if it has none; final states
+ * are ours to write, once they are acted upon, and so are our own words */
+static const char *
+status_to_keep(const ApiJob *job, const char *otherwise)
+{
+	static const char *const ours[] = {JOB_PREPARED, JOB_UNKNOWN, JOB_REFUSED, JOB_DISSOLVED};
+
+	if (job->status[0] == '\0' || api_job_is_final(job->status))
+		return otherwise;
+	for (size_t i = 0; i < lengthof(ours); i++)
+		if (strcmp(job->status, ours[i]) == 0)
+			return otherwise;
+	return job->status;
+}
+
 static void
 adopt(Sender *sender, const ApiJob *job, int64 now)
 {
@@ -52,7 +67,7 @@ adopt(Sender *sender, const ApiJob *job, int64 now)
 
 	bulk->current->job.job_id = MemoryContextStrdup(bulk->current->context, job->job_id);
 	news.job_id = job->job_id;
-	news.status = api_job_is_final(job->status) ? "processing" : job->status;
+	news.status = status_to_keep(job, "processing");
 	news.submitted = true;
 	jobs_update(bulk->current->job.id, &news);
 	bulk->conflicts = 0;
@@ -83,7 +98,7 @@ accepted(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
 	JobNews		news = JOB_NO_NEWS;
 
 	bulk->current->job.job_id = MemoryContextStrdup(bulk->current->context, job->job_id);
-	news.status = job->status[0] && !api_job_is_final(job->status) ? job->status : "queued";
+	news.status = status_to_keep(job, "queued");
 	news.job_id = job->job_id;
 	news.total_rows = job->total_rows;
 	news.http_status = result->status;
@@ -193,9 +208,7 @@ note_poll(Sender *sender, const HttpResult *result, const ApiJob *job)
 {
 	JobNews		news = JOB_NO_NEWS;
 
-	/* final states are ours to write, once they are acted upon */
-	if (!api_job_is_final(job->status) && job->status[0])
-		news.status = job->status;
+	news.status = status_to_keep(job, NULL);
 	news.total_rows = job->total_rows;
 	news.completed_rows = job->completed_rows;
 	news.http_status = result->status;

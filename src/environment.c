@@ -546,7 +546,6 @@ environment_load(Oid serverid)
 	env->connections = options_integer(values, OPTION_CONNECTIONS);
 	env->max_attempts = options_integer(values, OPTION_MAX_ATTEMPTS);
 	env->bulk_format = (BulkFormat) options_word(values, OPTION_BULK_FORMAT);
-	env->only_on = (char *) values[OPTION_ONLY_ON];
 	read_shape(values, &env->shape);
 	env->refresh_after = options_seconds(values, OPTION_REFRESH_AFTER);
 	env->target.timeout_ms = options_integer(values, OPTION_TIMEOUT) * 1000;

@@ -27,7 +27,6 @@ typedef struct Environment
 	int			connections;
 	int			max_attempts;
 	BulkFormat	bulk_format;
-	char	   *only_on;		/* NULL: any cluster */
 	Shape		shape;
 	int64		refresh_after;	/* seconds a profile is believed for */
 	uint64		fingerprint;	/* of endpoint and key: one per application */

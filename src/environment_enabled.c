@@ -75,9 +75,12 @@ read_enabled(void)
 	sql_check_columns(rel, columns, ENABLED_NCOLUMNS);
 	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
 	{
-		EnabledRow *row = palloc(sizeof(EnabledRow));
+		EnabledRow *row;
 
 		slot_getallattrs(slot);
+		if (!OidIsValid(DatumGetObjectId(slot->tts_values[ENABLED_DATABASE])))
+			continue;			/* disabled */
+		row = palloc(sizeof(EnabledRow));
 		row->server = TextDatumGetCString(slot->tts_values[ENABLED_SERVER]);
 		row->serverid = DatumGetObjectId(slot->tts_values[ENABLED_SERVER_OID]);
 		row->here =
@@ -381,13 +384,14 @@ userpilot_enable(PG_FUNCTION_ARGS)
 
 /*
  * userpilot_disable(server name)
- *		Makes no database the sender.  What is queued stays queued.
+ *		Makes no database the sender.  What is queued stays queued, and the row
+ *		stays to say for which server that was.
  */
 Datum
 userpilot_disable(PG_FUNCTION_ARGS)
 {
 	static SqlStatement statement =
-	SQL_STATEMENT("DELETE FROM @.userpilot_enabled"
+	SQL_STATEMENT("UPDATE @.userpilot_enabled SET database = 0"
 				  " WHERE server OPERATOR(pg_catalog.=) $1", 1, {TEXTOID});
 	Datum		args[1];
 	Oid			serverid;

@@ -22,6 +22,7 @@
 
 PG_FUNCTION_INFO_V1(userpilot_identify_company);
 PG_FUNCTION_INFO_V1(userpilot_identify_user);
+PG_FUNCTION_INFO_V1(userpilot_refusal);
 PG_FUNCTION_INFO_V1(userpilot_validator);
 PG_FUNCTION_INFO_V1(userpilot_cancel);
 PG_FUNCTION_INFO_V1(userpilot_invalidate);
@@ -80,6 +81,32 @@ userpilot_identify_user(PG_FUNCTION_ARGS)
 		change.company_id = id_argument(fcinfo, 2, "company_id");
 	queue_enqueue(&change, "userpilot_identify_user()");
 	PG_RETURN_VOID();
+}
+
+static void
+check_letter(void *arg)
+{
+	FunctionCallInfo fcinfo = arg;
+
+	(void) change_id(TEXTOID, PG_GETARG_DATUM(0), PG_ARGISNULL(0), "entity_id");
+	if (!PG_ARGISNULL(1))
+		(void) change_id(TEXTOID, PG_GETARG_DATUM(1), false, "company_id");
+	if (!PG_ARGISNULL(2))
+		change_check_metadata(PG_GETARG_JSONB_P(2));
+}
+
+/*
+ * userpilot_refusal(entity_id text, company_id text, metadata jsonb) returns
+ * text: why it can never be sent
+ */
+Datum
+userpilot_refusal(PG_FUNCTION_ARGS)
+{
+	char	   *why = change_complaint(check_letter, fcinfo);
+
+	if (why == NULL)
+		PG_RETURN_NULL();
+	PG_RETURN_TEXT_P(cstring_to_text(why));
 }
 
 /*

@@ -69,7 +69,8 @@ note_left_out(const Intake *intake)
 }
 
 Intake *
-intake_open(const EnvironmentRef *server, UserpilotKind kind, const char *command)
+intake_open(const EnvironmentRef *server, UserpilotKind kind, const char *command,
+			const char *statement)
 {
 	Intake	   *intake = palloc0(sizeof(Intake));
 	bool		judged = true;
@@ -84,7 +85,7 @@ intake_open(const EnvironmentRef *server, UserpilotKind kind, const char *comman
 	if (command != NULL)
 	{
 		judged = known_may_leave_out(server, kind) && !queue_in_command(kind);
-		intake->batch = queue_batch_open(intake->server.name, kind, command);
+		intake->batch = queue_batch_open(intake->server.name, kind, command, statement);
 	}
 	if (judged)
 		intake->known = known_open(&intake->server, kind);

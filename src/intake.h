@@ -20,9 +20,10 @@ typedef struct IntakeCounts
 
 typedef struct Intake Intake;
 
-/* In CurrentMemoryContext; queues nothing if command, for messages, is NULL */
+/* In CurrentMemoryContext; queues nothing if command, for messages, is NULL.
+ * The statement goes on record. */
 extern Intake *intake_open(const EnvironmentRef *server, UserpilotKind kind,
-						   const char *command);
+						   const char *command, const char *statement);
 
 extern const EnvironmentRef *intake_server(const Intake *intake);
 

@@ -6,6 +6,7 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "utils/memutils.h"
 
 #include "pending.h"
@@ -135,10 +136,22 @@ pending_recall(Realtime *rt, int64 now)
 
 /* Rows of what the bulk lane handed over leave the room of what is fresh alone */
 static void
-count_rows(Realtime *rt, const Pending *pending, int n)
+count_rows(Realtime *rt, const Pending *pending, int n, int64 bytes)
 {
-	if (!pending->solo)
-		rt->rows += n;
+	if (pending->solo)
+		return;
+	rt->rows += n;
+	rt->bytes += bytes;
+}
+
+int64
+pending_bytes(const Pending *pending, int nrows)
+{
+	int64		bytes = 0;
+
+	for (int i = 0; i < nrows; i++)
+		bytes += VARSIZE(pending->rows[i]->metadata);
+	return bytes;
 }
 
 static Pending *
@@ -156,6 +169,7 @@ pending_create(Realtime *rt, EntityKey key)
 	pending->key = key;
 	pending->key.id = id;
 	pending->context = context;
+	pending->read_in = GetCurrentTransactionStartTimestamp();
 	pending->not_before = pace(rt, key);
 	pending->maxrows = 4;
 	pending->rows = MemoryContextAlloc(context, pending->maxrows * sizeof(QueueRow *));
@@ -171,7 +185,7 @@ pending_free(Realtime *rt, Pending *pending)
 {
 	dlist_delete(&pending->node);
 	entities_delete(rt->pending, pending->key);
-	count_rows(rt, pending, -pending->nrows);
+	count_rows(rt, pending, -pending->nrows, -pending_bytes(pending, pending->nrows));
 	rt->solos -= pending->solo;
 	MemoryContextDelete(pending->context);
 }
@@ -208,7 +222,7 @@ pending_add(Realtime *rt, const QueueRow *row)
 	}
 	pending->rows[pending->nrows++] = queue_row_copy(row);
 	MemoryContextSwitchTo(old);
-	count_rows(rt, pending, 1);
+	count_rows(rt, pending, 1, VARSIZE(pending->rows[pending->nrows - 1]->metadata));
 	return pending;
 }
 
@@ -223,7 +237,7 @@ pending_add_solo(Realtime *rt, const QueueRow *row, bool helped)
 		pending = pending_add(rt, row);
 	if (!pending->solo)
 	{
-		count_rows(rt, pending, -pending->nrows);
+		count_rows(rt, pending, -pending->nrows, -pending_bytes(pending, pending->nrows));
 		pending->solo = true;
 		rt->solos++;
 		dlist_delete(&pending->node);
@@ -250,11 +264,12 @@ pending_forget(Realtime *rt, EntityKey key, const ItemPointerData *tid, uint64 l
 			pending_free(rt, pending);
 			return;
 		}
+		count_rows(rt, pending, -1, -(int64) VARSIZE(row->metadata));
+		queue_row_free(row);
 		memmove(pending->rows + i, pending->rows + i + 1,
 				(pending->nrows - i - 1) * sizeof(QueueRow *));
 		pending->nrows--;
 		pending->nprovisional -= i < pending->nprovisional;
-		count_rows(rt, pending, -1);
 		return;
 	}
 }
@@ -284,8 +299,11 @@ pending_drop_sent(Realtime *rt, Pending *pending)
 		pending_free(rt, pending);
 		return;
 	}
+	count_rows(rt, pending, -pending->nsent, -pending_bytes(pending, pending->nsent));
+	/* one by one: an entity that changes all the time never goes itself */
+	for (int i = 0; i < pending->nsent; i++)
+		queue_row_free(pending->rows[i]);
 	memmove(pending->rows, pending->rows + pending->nsent, left * sizeof(QueueRow *));
-	count_rows(rt, pending, -pending->nsent);
 	pending->nrows = left;
 	pending->nprovisional = Max(pending->nprovisional - pending->nsent, 0);
 	pending_wait(rt, pending, pace(rt, pending->key));

@@ -17,6 +17,9 @@ extern Pending *pending_find(const Realtime *rt, EntityKey key);
 extern Pending *pending_add(Realtime *rt, const QueueRow *row);
 extern void pending_free(Realtime *rt, Pending *pending);
 
+/* What the first nrows of its rows take */
+extern int64 pending_bytes(const Pending *pending, int nrows);
+
 /* One of an entity's rows, which the bulk lane hands over with all it has */
 extern void pending_add_solo(Realtime *rt, const QueueRow *row, bool helped);
 

@@ -166,13 +166,13 @@ metadata_build(const MergeEntity *entity, bool sent_only)
 }
 
 static text *
-company_build(const MergeEntity *entity)
+company_build(const MergeEntity *entity, bool sent_only)
 {
 	for (int i = 0; i < entity->nkeys; i++)
 	{
 		const MergeKey *key = &entity->keys[i];
 
-		if (key->namelen == 0 && key->known && key->value.type == MERGE_STRING)
+		if (key->namelen == 0 && key->known && (key->send || !sent_only) && key->value.type == MERGE_STRING)
 			return cstring_to_text_with_len(key->value.data, key->value.len);
 	}
 	return NULL;
@@ -252,7 +252,7 @@ set_learned(TupleTableSlot *row, const Profile *profile, TupleTableSlot *stored)
 {
 	Datum		now = TimestampTzGetDatum(GetCurrentTimestamp());
 	Datum		metadata = JsonbPGetDatum(metadata_build(profile->merge, true));
-	text	   *company = company_build(profile->merge);
+	text	   *company = company_build(profile->merge, true);
 
 	set(row, PROFILE_SYNCED, now);
 	set(row, PROFILE_BELIEVED, now);
@@ -272,7 +272,7 @@ static void
 set_merged(TupleTableSlot *row, const Profile *profile, TupleTableSlot *stored)
 {
 	Jsonb	   *metadata = metadata_build(profile->merge, false);
-	text	   *company = company_build(profile->merge);
+	text	   *company = company_build(profile->merge, false);
 
 	keep(row, PROFILE_SYNCED, stored);
 	if (company != NULL)

@@ -35,7 +35,7 @@ extern void queue_enqueue(const QueueChange *change, const char *command);
 typedef struct QueueBatch QueueBatch;
 
 extern QueueBatch *queue_batch_open(text *server, UserpilotKind kind,
-									const char *command);
+									const char *command, const char *statement);
 
 /* Counts rows that were not queued */
 extern void queue_batch_note(QueueBatch *batch, int64 unchanged, int64 invalid);
@@ -127,6 +127,7 @@ extern void queue_visit(const char *server, const QueueView *view,
 
 /* A copy in CurrentMemoryContext that outlives the handler's call */
 extern QueueRow *queue_row_copy(const QueueRow *row);
+extern void queue_row_free(QueueRow *row);
 
 /* Bulk SELECTs that rows of the queue may belong to */
 extern void queue_batches(const char *server, MergeBatches *batches);

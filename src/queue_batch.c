@@ -17,7 +17,6 @@
 #include "executor/executor.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
-#include "tcop/tcopprot.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
 #include "utils/fmgroids.h"
@@ -98,12 +97,11 @@ new_id(void)
 }
 
 static BatchRecord *
-new_record(text *server, UserpilotKind kind)
+new_record(text *server, UserpilotKind kind, const char *statement)
 {
 	int64		id = new_id();
 	MemoryContext old = MemoryContextSwitchTo(TopTransactionContext);
 	BatchRecord *record = palloc0(sizeof(BatchRecord));
-	const char *statement = debug_query_string ? debug_query_string : "";
 
 	record->id = id;
 	record->server = (text *) DatumGetPointer(datumCopy(PointerGetDatum(server), false, -1));
@@ -121,13 +119,14 @@ new_record(text *server, UserpilotKind kind)
 }
 
 QueueBatch *
-queue_batch_open(text *server, UserpilotKind kind, const char *command)
+queue_batch_open(text *server, UserpilotKind kind, const char *command,
+				 const char *statement)
 {
 	QueueBatch *batch = palloc0(sizeof(QueueBatch));
 
 	queue_begin(kind, command);
 	state_note_bulk();
-	batch->record = new_record(server, kind);
+	batch->record = new_record(server, kind, statement);
 	batch->context = CurrentMemoryContext;
 	batch->rows_context = AllocSetContextCreate(CurrentMemoryContext,
 												"userpilot bulk rows",
@@ -183,7 +182,9 @@ queue_batch_add(QueueBatch *batch, const QueueChange *change)
 	check_subtransaction(batch);
 	desc = queue_descriptor();
 	old = MemoryContextSwitchTo(batch->rows_context);
-	tuple = queue_form_row(desc, change, batch->record->lsn,
+	/* each row has a position of its own, which tells which of two was last;
+	 * fewer bytes than they take in the WAL, so no later change has it */
+	tuple = queue_form_row(desc, change, batch->record->lsn + batch->record->rows + batch->nrows,
 						   batch->record->at, batch->record->id, true);
 	MemoryContextSwitchTo(old);
 	/* the slot's own, or inserting would copy it */

@@ -33,6 +33,9 @@
 #include "queue_table.h"
 #include "sql.h"
 
+/* Properties of a row that are merged at once */
+#define FOLD_PROPERTIES 100
+
 static UserpilotKind
 kind_of(const char *str, int len)
 {
@@ -220,6 +223,16 @@ queue_row_copy(const QueueRow *row)
 	return copy;
 }
 
+void
+queue_row_free(QueueRow *row)
+{
+	pfree((char *) row->entity_id);
+	if (row->company_id)
+		pfree((char *) row->company_id);
+	pfree(row->metadata);
+	pfree(row);
+}
+
 /* ------------------------------------------------------- into the merge */
 
 static uint64 *
@@ -290,6 +303,16 @@ queue_batches_progress(const MergeBatches *batches, const int64 *pending, bool c
 	(void) sql_execute(&statement, args, NULL, false);
 }
 
+static void
+fold(MergeEntity *entity, const QueueRow *row, const MergeBatch *batch,
+	 const MergeProperty *props, int n)
+{
+	merge_change(entity, row->lsn, row->xid, batch, props, n);
+	for (int i = 0; i < n; i++)
+		if (props[i].value.type == MERGE_NUMBER)
+			pfree((char *) props[i].value.data);
+}
+
 /*
  * A batch row whose bulk SELECT is not on record (its row was deleted by
  * hand) counts as a direct change at its position.
@@ -298,9 +321,10 @@ void
 queue_fold(MergeEntity *entity, const MergeBatches *batches, const Shape *shape,
 		   const QueueRow *row)
 {
-	MergeProperty props[USERPILOT_MAX_PROPERTIES + 1];
+	MergeProperty props[FOLD_PROPERTIES];
 	Jsonb	   *metadata = DatumGetJsonbP(PointerGetDatum(row->metadata));
 	JsonbIterator *it = JsonbIteratorInit(&metadata->root);
+	const MergeBatch *batch = row->batch ? merge_batches_find(batches, row->batch) : NULL;
 	JsonbValue	v;
 	int			n = 0;
 
@@ -313,23 +337,24 @@ queue_fold(MergeEntity *entity, const MergeBatches *batches, const Shape *shape,
 		props[n++].value.len = row->company_len;
 	}
 	(void) JsonbIteratorNext(&it, &v, false);
-	while (n < (int) lengthof(props) && JsonbIteratorNext(&it, &v, true) == WJB_KEY)
+	while (JsonbIteratorNext(&it, &v, true) == WJB_KEY)
 	{
 		props[n].name = v.val.string.val;
 		props[n].namelen = v.val.string.len;
 		(void) JsonbIteratorNext(&it, &v, true);
-		if (!payload_to_merge(&v, &props[n].value) ||
+		/* the company's key has no name; a property put there by hand is not it */
+		if (props[n].namelen == 0 || !payload_to_merge(&v, &props[n].value) ||
 			shape_excludes(shape, props[n].name, props[n].namelen))
 			continue;
 		if (props[n].value.type == MERGE_NUMBER)
 			payload_trim_number(&props[n].value);
-		n++;
+		if (++n == FOLD_PROPERTIES)
+		{
+			fold(entity, row, batch, props, n);
+			n = 0;
+		}
 	}
-	merge_change(entity, row->lsn, row->xid,
-				 row->batch ? merge_batches_find(batches, row->batch) : NULL, props, n);
-	for (int i = 0; i < n; i++)
-		if (props[i].value.type == MERGE_NUMBER)
-			pfree((char *) props[i].value.data);
+	fold(entity, row, batch, props, n);
 	if (metadata != row->metadata)
 		pfree(metadata);
 }

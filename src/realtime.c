@@ -9,6 +9,7 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "utils/memutils.h"
 
 #include "api.h"
@@ -18,8 +19,13 @@
 #include "payload.h"
 #include "pending.h"
 
-/* Rows kept in memory; past them the bulk lane takes over */
+/* What is kept in memory; past that the bulk lane takes over */
 #define MAX_ROWS 20000
+#define MAX_BYTES (32 * 1024 * 1024)
+
+/* A wave holds each entity's rows, profile and body at once: no more rows than
+ * these, if it is more than one entity */
+#define WAVE_BYTES (8 * 1024 * 1024)
 
 /* What the bulk lane has handed over goes so often (API ms), and what was not
  * used of the last half minute is made up for */
@@ -99,7 +105,7 @@ look_row(const QueueRow *row, void *arg)
 {
 	Realtime   *rt = arg;
 
-	if (rt->rows >= MAX_ROWS)
+	if (rt->rows >= MAX_ROWS || rt->bytes >= MAX_BYTES)
 		rt->overflow = true;
 	else
 		(void) pending_add(rt, row);
@@ -126,7 +132,7 @@ realtime_look_again(Sender *sender)
 	Realtime   *rt = &sender->rt;
 
 	if (sender->bulk.done->nrows == 0 &&
-		((rt->overflow && rt->rows < MAX_ROWS / 2) || rt->moved))
+		((rt->overflow && rt->rows < MAX_ROWS / 2 && rt->bytes < MAX_BYTES / 2) || rt->moved))
 	{
 		rt->moved = false;
 		realtime_reset_look(sender);
@@ -218,9 +224,10 @@ pay_for_solos(Sender *sender, int n, int64 now)
 	rt->solo_at = rt->solo_since + interval;
 }
 
-/* Takes up to max entities that may go, out of one list */
+/* Takes up to max entities that may go, out of one list, while *bytes last */
 static int
-choose_from(Sender *sender, PendingList list, Pending **chosen, int max, int64 now)
+choose_from(Sender *sender, PendingList list, Pending **chosen, int max, int64 *bytes,
+			int64 now)
 {
 	dlist_mutable_iter iter;
 	int			n = 0;
@@ -229,12 +236,15 @@ choose_from(Sender *sender, PendingList list, Pending **chosen, int max, int64 n
 	{
 		Pending    *pending = dlist_container(Pending, node, iter.cur);
 
-		if (n == max)
+		if (n == max || *bytes <= 0)
 			break;
 		if (held(sender, pending, now))
 			pending_wait(&sender->rt, pending, now + HELD_MS);
 		else
+		{
 			chosen[n++] = pending;
+			*bytes -= pending_bytes(pending, pending->nrows);
+		}
 	}
 	return n;
 }
@@ -242,18 +252,19 @@ choose_from(Sender *sender, PendingList list, Pending **chosen, int max, int64 n
 static int
 choose(Sender *sender, Pending **chosen, int max, int64 now)
 {
+	int64		bytes = WAVE_BYTES;
 	int			n;
 	int			solos;
 
 	pending_recall(&sender->rt, now);
-	n = choose_from(sender, WAITING_FRESH, chosen, max, now);
+	n = choose_from(sender, WAITING_FRESH, chosen, max, &bytes, now);
 	solos = solos_paid_for(sender, now);
 	if (solos == 0)				/* the limit may be lower than it was */
 		sender->rt.solo_at = Max(sender->rt.solo_at, now + SOLO_INTERVAL_MS);
-	return n + choose_from(sender, WAITING_SOLO, chosen + n, Min(max - n, solos), now);
+	return n + choose_from(sender, WAITING_SOLO, chosen + n, Min(max - n, solos), &bytes, now);
 }
 
-/* What the bulk lane handed over may have been cancelled meanwhile */
+/* What has waited may have been cancelled meanwhile, or deleted by hand */
 static int
 leave_out_cancelled(Sender *sender, Pending **chosen, int n)
 {
@@ -261,12 +272,14 @@ leave_out_cancelled(Sender *sender, Pending **chosen, int n)
 
 	for (int i = 0; i < n; i++)
 	{
-		if (!chosen[i]->helped || queue_stands(chosen[i]->rows, chosen[i]->nrows))
+		if (chosen[i]->read_in == GetCurrentTransactionStartTimestamp() ||
+			queue_stands(chosen[i]->rows, chosen[i]->nrows))
 			chosen[left++] = chosen[i];
 		else
 		{
 			pending_free(&sender->rt, chosen[i]);
-			sender->rt.moved = true;	/* to find what is left of it */
+			/* to find what is left of it */
+			sender->rt.moved = sender->bulk.dirty = true;
 		}
 	}
 	return left;

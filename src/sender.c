@@ -5,6 +5,7 @@
 #include "postgres.h"
 
 #include "common/pg_prng.h"
+#include "mb/pg_wchar.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
@@ -110,6 +111,16 @@ sender_still_enabled(Sender *sender)
 	return !sender->stale;
 }
 
+/* As much of a text as fits, in whole characters: it goes into a table */
+static void
+keep_text(char *to, size_t size, const char *text)
+{
+	int			len = pg_mbcliplen(text, strlen(text), size - 1);
+
+	memcpy(to, text, len);
+	to[len] = '\0';
+}
+
 static void
 pause_sender(Sender *sender, const char *reason)
 {
@@ -120,13 +131,13 @@ pause_sender(Sender *sender, const char *reason)
 	sender->paused = true;
 	sender->paused_fingerprint = sender->env->fingerprint;
 	sender->paused_probe_at = clock_now() + PAUSED_PROBE_MS;
-	strlcpy(sender->pause_reason, reason, sizeof(sender->pause_reason));
+	keep_text(sender->pause_reason, sizeof(sender->pause_reason), reason);
 }
 
 void
 sender_error(Sender *sender, const char *error)
 {
-	strlcpy(sender->last_error, error, sizeof(sender->last_error));
+	keep_text(sender->last_error, sizeof(sender->last_error), error);
 	sender->error_is_new = true;
 }
 

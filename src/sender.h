@@ -64,6 +64,7 @@ typedef struct Pending
 	int			nsent;			/* first rows, covered by the body under way */
 	int			nprovisional;	/* first rows, sent beside an overdue job */
 	bool		provisional;	/* the body under way is */
+	TimestampTz read_in;		/* the step that read its first row */
 	int64		not_before;
 	int64		failed_at;
 	int64		started_at;
@@ -88,6 +89,7 @@ typedef struct Realtime
 	int			nready;
 	int			ncalling;
 	int			rows;			/* pending, but for those of solos */
+	int64		bytes;			/* ... of metadata */
 	int			solos;
 	QueueSeen  *seen;			/* by the last look, NULL: none yet */
 	bool		overflow;		/* more is queued than fits */

@@ -249,7 +249,7 @@ add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 		if (swept->sort == SWEEP_HELP)
 		{
 			sweep->help_rows++;
-			sweep->help_bytes += VARSIZE_ANY(row->metadata);
+			sweep->help_bytes += toast_raw_datum_size(PointerGetDatum(row->metadata));
 		}
 		return;
 	}
@@ -259,8 +259,8 @@ add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 	{
 		swept->maxrows = Max(2, swept->maxrows * 2);
 		swept->rows = swept->rows ?
-			repalloc(swept->rows, swept->maxrows * sizeof(JobRow)) :
-			palloc(swept->maxrows * sizeof(JobRow));
+			repalloc_huge(swept->rows, swept->maxrows * sizeof(JobRow)) :
+			MemoryContextAllocHuge(CurrentMemoryContext, swept->maxrows * sizeof(JobRow));
 	}
 	swept->rows[swept->nrows].tid = row->tid;
 	swept->rows[swept->nrows].lsn = row->lsn;

@@ -183,7 +183,9 @@ sync_trigger(Relation rel, const Trigger *trigger, UserpilotKind kind, IntakeCou
 	environment_check_usage(environment_lookup(server, true), rel->rd_rel->relowner);
 	if (!environment_may_use(server, GetUserId(), &serverid, &why))
 		elog(ERROR, "%s", why);
-	pass.intake = intake_open(environment_ref(serverid), kind, "userpilot_sync_table()");
+	pass.intake = intake_open(environment_ref(serverid), kind, "userpilot_sync_table()",
+							  psprintf("SELECT * FROM userpilot_sync_table(%s)",
+									   quote_literal_cstr(sql_table_name(rel))));
 
 	GetUserIdAndSecContext(&user, &sec_context);
 	SetUserIdAndSecContext(rel->rd_rel->relowner, sec_context | SECURITY_RESTRICTED_OPERATION);

@@ -43,9 +43,14 @@ SELECT b.server, b.kind, b.rows, b.statement, b.by = current_user AS by_me,
        b.started_at <= clock_timestamp() AS started,
        pg_snapshot_xmax(b.snapshot) IS NOT NULL AS has_snapshot,
        b.id / 1000000 = b.xid::text::bigint AS id_from_xid, b.id % 1000000 AS number,
-       bool_and(q.xid = b.xid) AS xid_matches, bool_and(q.lsn = b.lsn) AS lsn_matches
+       bool_and(q.xid = b.xid) AS xid_matches, min(q.lsn) = b.lsn AND count(DISTINCT q.lsn) = b.rows AS lsn_matches
   FROM userpilot_batches b JOIN userpilot_queue q ON q.batch = b.id
   GROUP BY b.id ORDER BY b.id;
+TRUNCATE userpilot_queue, userpilot_batches;
+
+-- only the statement itself goes on record, whatever was sent with it
+SELECT 'secret' AS first \; SELECT userpilot_bulk_identify_companies(1, '{}') \; SELECT 'secret' AS last;
+SELECT statement FROM userpilot_batches;
 TRUNCATE userpilot_queue, userpilot_batches;
 
 -- a long statement is cut, and a role has its name on its own

@@ -254,6 +254,14 @@ SELECT * FROM userpilot_enabled;
 SET ROLE regress_environment_owner;
 SELECT userpilot_enable('owned');
 SELECT userpilot_disable('env');
+-- who pauses a server can go on with what was queued meanwhile
+BEGIN;
+SET LOCAL userpilot.server = 'owned';
+SET LOCAL client_min_messages = error;
+SELECT userpilot_identify_company('c1', '{}');
+SELECT userpilot_disable('owned');
+SELECT userpilot_enable('owned');
+ROLLBACK;
 RESET ROLE;
 SELECT server, by FROM userpilot_enabled WHERE server = 'owned';
 
@@ -274,7 +282,7 @@ DROP SCHEMA regress_environment_trap CASCADE;
 
 SELECT userpilot_disable('env');
 SELECT userpilot_disable('env');
-SELECT count(*) FROM userpilot_enabled;
+SELECT count(*) FROM userpilot_enabled WHERE database <> 0;
 
 -- every object says what it is for
 SELECT c.relname, a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid

@@ -64,6 +64,21 @@ SELECT userpilot_retry();
 SELECT server, kind, entity_id, metadata FROM userpilot_queue ORDER BY ctid;
 SELECT count(*) FROM userpilot_dead_letters;
 SELECT userpilot_retry();
+-- what can never be sent stays, until it is mended
+SELECT bury();
+UPDATE userpilot_dead_letters SET metadata = CASE id
+    WHEN 1 THEN '{"": "c9"}'::jsonb
+    WHEN 2 THEN '{"address": {"city": "Berlin"}}'
+    WHEN 3 THEN (SELECT jsonb_object_agg('p' || i, i) FROM generate_series(1, 501) i)
+    ELSE jsonb_build_object('name', repeat('x', 65536)) END,
+  entity_id = CASE id WHEN 4 THEN '' ELSE entity_id END;
+SELECT id, userpilot_refusal(entity_id, company_id, metadata) FROM userpilot_dead_letters ORDER BY id;
+SELECT userpilot_retry();
+UPDATE userpilot_dead_letters SET metadata = '{}' WHERE id = 2;
+SELECT userpilot_retry();
+SELECT server, kind, entity_id FROM queued;
+SELECT userpilot_refusal(NULL, '', NULL), userpilot_refusal('c1', '', NULL), userpilot_refusal('c1', NULL, '[]'),
+       userpilot_refusal('c1', 'c2', '{"n": null}') IS NULL AS sendable;
 -- attempts start anew, of those that come back only
 SELECT bury();
 INSERT INTO userpilot_profiles (server, kind, entity_id, attempts, metadata)

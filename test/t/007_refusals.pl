@@ -140,7 +140,18 @@ delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, 'resumes with a private file',
 	companies => q{SELECT * FROM account_meta});
 
-unlike(slurp_file($node->logfile), qr/(third|fourth)-secret-key/, 'no key is in the log');
+# What is deleted while it waits is not sent
+$api->configure(key => 'fifth-secret-key');
+sql(q{SELECT count(userpilot_identify_company(id, '{}')::text) FROM unnest('{kept,deleted}'::text[]) id});
+paused('changes that wait');
+is(sql(q{WITH gone AS (DELETE FROM userpilot_queue WHERE entity_id = 'deleted' RETURNING 1) SELECT count(*) FROM gone}),
+	1, '... one of them is deleted');
+write_key('fifth-secret-key');
+delivered($node, 'postgres');
+ok($api->entity('companies', 'kept'), '... the other one is sent');
+is($api->entity('companies', 'deleted'), undef, '... that one is not');
+
+unlike(slurp_file($node->logfile), qr/(third|fourth|fifth)-secret-key/, 'no key is in the log');
 is( sql(q{SELECT count(*) FROM userpilot_requests r, userpilot_status s, userpilot_jobs j
 		WHERE concat(r, s, j) ~ 'secret-key'}),
 	0, '... nor in a table');

@@ -68,6 +68,17 @@ is($node->safe_psql('postgres', 'SELECT userpilot_retry()'), '1', 'retried');
 $node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
 is($api->entity('companies', 'b')->{metadata}{name}, 'new', 'the older value stays away');
 
+# A user whose company is made unknown while a call is under way, which does not
+# name it: that stays unknown
+$node->safe_psql('postgres', q{SELECT userpilot_identify_user('u', '{"v":1}', 'c'); CALL userpilot_wait('30 s')});
+$api->fault({ hang => 1, apply => true }, match => { path => '^/v1/identify$' });
+$node->safe_psql('postgres', q{SELECT userpilot_identify_user('u', '{"v":2}')});
+until_true('it is called', sub { return $api->fault_hits; });
+$node->safe_psql('postgres', q{SELECT userpilot_invalidate('userpilot', 'user', 'u'); CALL userpilot_wait('30 s')});
+$api->no_faults;
+is($node->safe_psql('postgres', q{SELECT metadata, company_id IS NULL FROM userpilot_profiles WHERE kind = 'user' AND entity_id = 'u'}),
+	'{"v": 2}|t', 'what was acknowledged is learnt, and nothing else');
+
 # While it is not committed a worker that starts waits for it; that must not be
 # taken for an older bulk SELECT that may come to an end later
 send_company('known', '{"name":"Acme"}');
