@@ -138,7 +138,11 @@ read_row(void *arg)
 
 /* ------------------------------------------------------ bulk aggregates */
 
-/* The statement alone, as the caller may have sent others with it */
+/*
+ * The statement alone: what else the caller has sent with it may hold a key.
+ * Where one begins is not known of all (CREATE TABLE AS, EXPLAIN, cursors);
+ * then it is told by nothing following it, or not at all.
+ */
 static char *
 statement_of(FunctionCallInfo fcinfo)
 {
@@ -146,7 +150,10 @@ statement_of(FunctionCallInfo fcinfo)
 	const PlannedStmt *plan = estate->es_plannedstmt;
 	const char *text = estate->es_sourceText + Max(plan->stmt_location, 0);
 	int			len = plan->stmt_len > 0 ? plan->stmt_len : (int) strlen(text);
+	const char *end = plan->stmt_len > 0 ? NULL : strchr(text, ';');
 
+	if (end != NULL && end[strspn(end, "; \t\r\n")] != '\0')
+		return pstrdup("");
 	for (; len > 0 && isspace((unsigned char) *text); len--)
 		text++;
 	while (len > 0 && isspace((unsigned char) text[len - 1]))

@@ -239,11 +239,11 @@ static void
 refuse_foreign_rows(const char *server, Oid serverid)
 {
 	static SqlStatement statement =
-	SQL_STATEMENT("SELECT FROM @.userpilot_queue"
-				  " WHERE server OPERATOR(pg_catalog.=) $1 AND NOT EXISTS"
-				  " (SELECT FROM @.userpilot_enabled e"
+	SQL_STATEMENT("SELECT WHERE NOT EXISTS (SELECT FROM @.userpilot_enabled e"
 				  "  WHERE e.server OPERATOR(pg_catalog.=) $1"
-				  "  AND e.server_oid OPERATOR(pg_catalog.=) $2) LIMIT 1",
+				  "  AND e.server_oid OPERATOR(pg_catalog.=) $2)"
+				  " AND (EXISTS (SELECT FROM @.userpilot_queue q WHERE q.server OPERATOR(pg_catalog.=) $1)"
+				  "  OR EXISTS (SELECT FROM @.userpilot_dead_letters d WHERE d.server OPERATOR(pg_catalog.=) $1))",
 				  2, {TEXTOID, OIDOID});
 	Datum		args[2];
 	SqlCaller	saved;
@@ -261,7 +261,32 @@ refuse_foreign_rows(const char *server, Oid serverid)
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("changes were queued for server \"%s\" before it was enabled", server),
 				 errdetail("They may have been meant for another server that had this name."),
-				 errhint("A superuser must enable it, or remove them from userpilot_queue.")));
+				 errhint("A superuser must enable it, or remove them from userpilot_queue and userpilot_dead_letters.")));
+}
+
+/* What another server of that name has got says nothing of this one */
+static void
+forget_another(const char *server, Oid serverid)
+{
+	static SqlStatement statement =
+	SQL_STATEMENT("DELETE FROM @.userpilot_profiles p USING @.userpilot_enabled e"
+				  " WHERE p.server OPERATOR(pg_catalog.=) $1 AND e.server OPERATOR(pg_catalog.=) $1"
+				  " AND e.server_oid OPERATOR(pg_catalog.<>) $2"
+				  " AND e.system_identifier OPERATOR(pg_catalog.=) $3",
+				  3, {TEXTOID, OIDOID, INT8OID});
+	Datum		args[3];
+	SqlCaller	saved;
+	int			n;
+
+	args[0] = CStringGetTextDatum(server);
+	args[1] = ObjectIdGetDatum(serverid);
+	args[2] = Int64GetDatum((int64) GetSystemIdentifier());
+	sql_become_owner(&saved);
+	n = sql_execute(&statement, args, NULL, false);
+	sql_become_caller(&saved);
+	if (n > 0)
+		ereport(NOTICE,
+				(errmsg("another server was enabled under the name \"%s\" before: what that one has got is forgotten", server)));
 }
 
 /* What was queued and acknowledged elsewhere, against this cluster's WAL */
@@ -372,6 +397,7 @@ userpilot_enable(PG_FUNCTION_ARGS)
 	char	   *server = managed_server(fcinfo, &serverid);
 
 	refuse_foreign_rows(server, serverid);
+	forget_another(server, serverid);
 	restamp(server);
 	args[0] = CStringGetTextDatum(server);
 	args[1] = Int64GetDatum((int64) GetSystemIdentifier());

@@ -10,7 +10,9 @@
 
 #include "access/transam.h"
 #include "access/xact.h"
+#include "lib/qunique.h"
 #include "miscadmin.h"
+#include "utils/builtins.h"
 #include "utils/datum.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -26,7 +28,8 @@ struct Intake
 	EnvironmentRef server;
 	UserpilotKind kind;
 	QueueBatch *batch;			/* NULL: a preview */
-	TransactionId order;		/* of the state it reads among others, as in merge.c */
+	TransactionId order;		/* of the state it reads among others */
+	CommandId	command;
 	Known	   *known;			/* NULL: nothing may be left out */
 	MemoryContext context;		/* what the gathered rows point to */
 	int			n;
@@ -36,36 +39,82 @@ struct Intake
 };
 
 /*
- * The latest state of which this transaction has left rows out, by kind.  Its
- * own cursors may still read older ones, which known.c does not see.
+ * The latest states by kind that bulk SELECTs of this transaction have read:
+ * all of them, and those that left rows out.  Its own cursors may still read
+ * older ones, which known.c does not see; and of two that others' transactions
+ * do not tell apart, the one that begins last wins the merge.
  */
-static struct
+typedef struct ReadState
 {
 	FullTransactionId xid;
 	TransactionId order;
-}			left_out[USERPILOT_KINDS];
+	CommandId	command;		/* own changes of earlier ones are seen */
+} ReadState;
+
+static ReadState have_read[USERPILOT_KINDS];
+static ReadState left_out[USERPILOT_KINDS];
+
+static int
+compare_state(const Intake *intake, const ReadState *state)
+{
+	int32		order = (int32) (intake->order - state->order);
+
+	if (!FullTransactionIdEquals(state->xid, GetTopFullTransactionId()))
+		return 1;
+	if (order != 0)
+		return order;
+	return (intake->command > state->command) - (intake->command < state->command);
+}
+
+static void
+note_state(const Intake *intake, ReadState *state)
+{
+	if (compare_state(intake, state) > 0)
+		*state = (ReadState) {GetTopFullTransactionId(), intake->order, intake->command};
+}
+
+static void
+refuse_order(const char *what)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+			 errmsg("a bulk SELECT cannot read an older state than %s before it in this transaction", what),
+			 errhint("Open its cursor, or call what runs it, after the other has ended.")));
+}
 
 static void
 check_order(const Intake *intake)
 {
-	if (intake->batch != NULL &&
-		FullTransactionIdEquals(left_out[intake->kind].xid, GetTopFullTransactionId()) &&
-		(int32) (intake->order - left_out[intake->kind].order) < 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
-				 errmsg("a bulk SELECT cannot read an older state than one before it in this transaction"),
-				 errhint("Open its cursor, or call what runs it, after the other has ended.")));
+	if (intake->batch != NULL && compare_state(intake, &left_out[intake->kind]) < 0)
+		refuse_order("one");
 }
 
+/* Once its position in the WAL is taken, by which what the same transaction has
+ * done is compared */
 static void
-note_left_out(const Intake *intake)
+check_begin(const Intake *intake)
 {
-	FullTransactionId xid = GetTopFullTransactionId();
+	const ReadState *read = &have_read[intake->kind];
 
-	if (!FullTransactionIdEquals(left_out[intake->kind].xid, xid) ||
-		(int32) (intake->order - left_out[intake->kind].order) > 0)
-		left_out[intake->kind].order = intake->order;
-	left_out[intake->kind].xid = xid;
+	if (queue_changed_since(intake->kind, intake->command))
+		refuse_order("a change that was queued");
+	if (intake->order == read->order && compare_state(intake, read) < 0)
+		refuse_order("one");
+}
+
+/* How many transactions had ended, as in merge.c */
+static TransactionId
+order_of(Snapshot snapshot)
+{
+	TransactionId *xip = palloc(Max(snapshot->xcnt, 1) * sizeof(TransactionId));
+	size_t		n = snapshot->xcnt;
+
+	/* one that is being prepared is there twice */
+	memcpy(xip, snapshot->xip, n * sizeof(TransactionId));
+	qsort(xip, n, sizeof(TransactionId), xidComparator);
+	n = qunique(xip, n, sizeof(TransactionId), xidComparator);
+	pfree(xip);
+	return snapshot->xmax - n;
 }
 
 Intake *
@@ -81,11 +130,14 @@ intake_open(const EnvironmentRef *server, UserpilotKind kind, const char *comman
 	intake->kind = kind;
 	intake->context = AllocSetContextCreate(CurrentMemoryContext, "userpilot intake",
 											ALLOCSET_DEFAULT_SIZES);
-	intake->order = GetActiveSnapshot()->xmax - GetActiveSnapshot()->xcnt;
+	intake->order = order_of(GetActiveSnapshot());
+	intake->command = GetActiveSnapshot()->curcid;
 	if (command != NULL)
 	{
 		judged = known_may_leave_out(server, kind) && !queue_in_command(kind);
 		intake->batch = queue_batch_open(intake->server.name, kind, command, statement);
+		check_begin(intake);
+		note_state(intake, &have_read[kind]);
 	}
 	if (judged)
 		intake->known = known_open(&intake->server, kind);
@@ -175,7 +227,7 @@ intake_flush(Intake *intake)
 	if (intake->batch != NULL)
 	{
 		if (unchanged > 0)
-			note_left_out(intake);
+			note_state(intake, &left_out[intake->kind]);
 		queue_batch_note(intake->batch, unchanged, 0);
 		queue_batch_flush(intake->batch);
 	}

@@ -35,6 +35,10 @@
 /* A visit takes so long at most (real ms): a worker that lives longer has work */
 #define VISIT_MS 500
 
+/* pg_database.datconnlimit after an interrupted DROP DATABASE, which 15.4 has
+ * given a name */
+#define INVALID_DATABASE (-2)
+
 /* With more workers than that one's end is waited for: slots are few */
 #define VISIT_WORKERS 3
 
@@ -67,7 +71,7 @@ all_databases(void)
 		Form_pg_database form = (Form_pg_database) GETSTRUCT(tuple);
 		MemoryContext old;
 
-		if (!form->datallowconn || form->datistemplate)
+		if (!form->datallowconn || form->datistemplate || form->datconnlimit == INVALID_DATABASE)
 			continue;
 		old = MemoryContextSwitchTo(caller);
 		databases = lappend_oid(databases, form->oid);

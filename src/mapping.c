@@ -157,6 +157,16 @@ split_argument(const char *arg, TupleDesc desc, char **column, char **property, 
 	}
 }
 
+/* Whether the column has no value until it is read; complains if so */
+static bool
+is_virtual(Mapping *mapping, TupleDesc desc, AttrNumber attnum, const char *column)
+{
+	if (TupleDescAttr(desc, attnum - 1)->attgenerated != 'v')
+		return false;
+	complain(mapping, psprintf("column \"%s\" is generated on reading, so no trigger sees it", column));
+	return true;
+}
+
 static void
 add_column(Mapping *mapping, TupleDesc desc, char *column, char *property, bool renamed)
 {
@@ -170,11 +180,8 @@ add_column(Mapping *mapping, TupleDesc desc, char *column, char *property, bool 
 		complain(mapping, psprintf("there is no column \"%s\"", column));
 		return;
 	}
-	if (TupleDescAttr(desc, attnum - 1)->attgenerated == 'v')
-	{
-		complain(mapping, psprintf("column \"%s\" is generated on reading, so no trigger sees it", column));
+	if (is_virtual(mapping, desc, attnum, column))
 		return;
-	}
 	if (mapping->kind == USERPILOT_USER && strcmp(property, COMPANY_PROPERTY) == 0)
 	{
 		if (mapping->company != InvalidAttrNumber)
@@ -256,7 +263,10 @@ mapping_read(UserpilotKind kind, char **args, int nargs, TupleDesc desc)
 			mapping->id_column = pstrdup(args[i]);
 			mapping->id = find_column(desc, args[i]);
 			if (mapping->id != InvalidAttrNumber)
+			{
 				mapping->id_type = column_type(desc, mapping->id);
+				(void) is_virtual(mapping, desc, mapping->id, args[i]);
+			}
 			else
 				complain(mapping, psprintf("there is no column \"%s\" for the id", args[i]));
 		}

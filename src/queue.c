@@ -63,7 +63,9 @@ typedef struct OpenQueue
 static OpenQueue open_queue = {0};
 static int	rows_in_transaction = 0;
 static bool queued_in_transaction = false;
+/* The last commands that queued something of a kind, and a direct change */
 static CommandId queued_in[USERPILOT_KINDS] = {InvalidCommandId, InvalidCommandId};
+static CommandId changed_in[USERPILOT_KINDS] = {InvalidCommandId, InvalidCommandId};
 
 void
 queue_check_shape(Relation rel)
@@ -164,6 +166,7 @@ transaction_callback(XactEvent event, void *arg)
 	rows_in_transaction = 0;
 	queued_in_transaction = false;
 	memset(queued_in, 0xff, sizeof(queued_in)); /* InvalidCommandId */
+	memset(changed_in, 0xff, sizeof(changed_in));
 }
 
 static void
@@ -269,6 +272,7 @@ queue_enqueue(const QueueChange *change, const char *command)
 	bool		bulk = rows_in_transaction >= REALTIME_ROWS;
 
 	queue_begin(change->kind, command);
+	changed_in[change->kind] = queued_in[change->kind];
 	queue = open_for_insert();
 	tuple = queue_form_row(RelationGetDescr(queue->rel), change,
 						   GetXLogInsertRecPtr(), GetCurrentTimestamp(), 0,
@@ -292,6 +296,12 @@ bool
 queue_in_command(UserpilotKind kind)
 {
 	return queued_in[kind] == GetCurrentCommandId(false);
+}
+
+bool
+queue_changed_since(UserpilotKind kind, CommandId command)
+{
+	return changed_in[kind] != InvalidCommandId && changed_in[kind] >= command;
 }
 
 static uint64

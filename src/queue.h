@@ -57,6 +57,10 @@ extern void queue_refuse(const QueueChange *change, const char *error, bool agai
 extern bool queue_in_transaction(void);
 extern bool queue_in_command(UserpilotKind kind);
 
+/* Whether this transaction has queued a direct change that a snapshot of that
+ * command does not see */
+extern bool queue_changed_since(UserpilotKind kind, CommandId command);
+
 /* The transaction callbacks, from _PG_init */
 extern void queue_register(void);
 

@@ -277,18 +277,27 @@ report(Report *to, const char *finding, const char *hint)
 
 /* UPDATE OF columns that leave out one that is sent */
 static void
-report_columns(Report *to, const Trigger *trigger, const Mapping *mapping)
+report_column(Report *to, Relation rel, const Trigger *trigger, AttrNumber attnum)
 {
-	for (int i = 0; trigger->tgnattr > 0 && i < mapping->ncolumns; i++)
-	{
-		bool		listed = false;
+	for (int i = 0; i < trigger->tgnattr; i++)
+		if (trigger->tgattr[i] == attnum)
+			return;
+	report(to, psprintf("changes of column \"%s\" do not fire it",
+						NameStr(TupleDescAttr(RelationGetDescr(rel), attnum - 1)->attname)),
+		   "Leave the list out after UPDATE: the trigger itself queues nothing when no column of its own has changed.");
+}
 
-		for (int j = 0; j < trigger->tgnattr; j++)
-			listed |= trigger->tgattr[j] == mapping->columns[i].attnum;
-		if (!listed)
-			report(to, psprintf("changes of column \"%s\" do not fire it", mapping->columns[i].column),
-				   "Leave the list out after UPDATE: the trigger itself queues nothing when no column of its own has changed.");
-	}
+static void
+report_columns(Report *to, Relation rel, const Trigger *trigger, const Mapping *mapping)
+{
+	if (trigger->tgnattr == 0)
+		return;
+	if (mapping->id != InvalidAttrNumber)
+		report_column(to, rel, trigger, mapping->id);
+	if (mapping->company != InvalidAttrNumber && mapping->company != mapping->id)
+		report_column(to, rel, trigger, mapping->company);
+	for (int i = 0; i < mapping->ncolumns; i++)
+		report_column(to, rel, trigger, mapping->columns[i].attnum);
 }
 
 static void
@@ -336,7 +345,7 @@ report_trigger(Report *to, Relation rel, const Trigger *trigger, UserpilotKind k
 	if (OidIsValid(mapping->company_type) && !change_is_id_type(mapping->company_type))
 		report(to, psprintf("the company's id is of type %s", format_type_be(mapping->company_type)),
 			   "An id is text, varchar, smallint, integer, bigint, numeric or uuid.");
-	report_columns(to, trigger, mapping);
+	report_columns(to, rel, trigger, mapping);
 	if (armed->server == NULL)
 		report(to, armed->why, "The owner of the table needs USAGE on the server; name another with 'server=...', or as the database's userpilot.server.");
 	else if ((reason = environment_disabled_reason(armed->server->serverid)) != NULL)

@@ -53,6 +53,33 @@ SELECT 'secret' AS first \; SELECT userpilot_bulk_identify_companies(1, '{}') \;
 SELECT statement FROM userpilot_batches;
 TRUNCATE userpilot_queue, userpilot_batches;
 
+CREATE TEMP TABLE counted AS SELECT userpilot_bulk_identify_companies(1, '{}') \; SELECT 'secret' AS last;
+SELECT statement ~ 'secret' AS leaks FROM userpilot_batches;
+DROP TABLE counted;
+TRUNCATE userpilot_queue, userpilot_batches;
+
+-- a cursor reads what was there when it was opened: older than what the same
+-- transaction has queued since is not to be queued after it
+BEGIN;
+DECLARE early CURSOR FOR SELECT userpilot_bulk_identify_companies(1, '{"plan": "old"}');
+SELECT userpilot_identify_company(1, '{"plan": "new"}');
+SAVEPOINT before;
+FETCH early;
+ROLLBACK TO before;
+SELECT userpilot_bulk_identify_companies(1, '{"plan": "newer"}');
+ROLLBACK;
+BEGIN;
+DECLARE early CURSOR FOR SELECT userpilot_bulk_identify_companies(1, '{"plan": "old"}');
+UPDATE accounts SET id = id WHERE id = 1;
+SELECT userpilot_bulk_identify_companies(1, '{"plan": "new"}');
+FETCH early;
+ROLLBACK;
+BEGIN;
+DECLARE early CURSOR WITH HOLD FOR SELECT userpilot_bulk_identify_companies(1, '{"plan": "old"}');
+SELECT userpilot_identify_company(1, '{"plan": "new"}');
+COMMIT;
+SELECT count(*) FROM userpilot_queue;
+
 -- a long statement is cut, and a role has its name on its own
 CREATE ROLE regress_bulk;
 GRANT USAGE ON FOREIGN SERVER userpilot TO regress_bulk;

@@ -263,6 +263,26 @@ SELECT userpilot_disable('owned');
 SELECT userpilot_enable('owned');
 ROLLBACK;
 RESET ROLE;
+-- another server of that name: what the first has got says nothing of it, and
+-- what it was to get is not for another owner
+BEGIN;
+SELECT userpilot_disable('owned');
+INSERT INTO userpilot_profiles (server, kind, entity_id, metadata) VALUES ('owned', 'company', 'c1', '{"a": 1}');
+DROP SERVER owned CASCADE;
+CREATE SERVER owned FOREIGN DATA WRAPPER userpilot OPTIONS (region 'eu');
+ALTER SERVER owned OWNER TO regress_environment_owner;
+SET ROLE regress_environment_owner;
+SAVEPOINT before;
+SELECT userpilot_enable('owned');
+RESET ROLE;
+SELECT count(*) FROM userpilot_profiles WHERE server = 'owned';
+ROLLBACK TO before;
+INSERT INTO userpilot_dead_letters (lsn, xid, enqueued_at, bulk, server, kind, entity_id, metadata, error, attempts)
+  VALUES ('0/1', '3', now(), false, 'owned', 'company', 'c2', '{}', 'no', 1);
+SET ROLE regress_environment_owner;
+SELECT userpilot_enable('owned');
+ROLLBACK;
+RESET ROLE;
 SELECT server, by FROM userpilot_enabled WHERE server = 'owned';
 
 -- a search path of the caller's changes nothing
