@@ -158,7 +158,7 @@ COMMENT ON COLUMN userpilot_profiles.entity_id IS 'company_id or user_id at User
 COMMENT ON COLUMN userpilot_profiles.company_id IS 'A user''s company as acknowledged; null when unknown or none.';
 COMMENT ON COLUMN userpilot_profiles.metadata IS 'Acknowledged properties; a null was acknowledged as removed.';
 COMMENT ON COLUMN userpilot_profiles.versions IS 'Which change wrote each key: a list of [lsn, xid, order, keys...]; the entry without keys is for every property in metadata not named in another. The key "" is the company.';
-COMMENT ON COLUMN userpilot_profiles.attempts IS 'Bodies sent since the last acknowledgement.';
+COMMENT ON COLUMN userpilot_profiles.attempts IS 'Bodies sent since the last one that was acknowledged or ended as a dead letter.';
 COMMENT ON COLUMN userpilot_profiles.synced_at IS 'Last acknowledgement; null if there was none.';
 COMMENT ON COLUMN userpilot_profiles.believed_since IS 'Oldest acknowledgement that metadata rests on; after server option refresh_after (30 days, each entity up to a quarter earlier) all of it counts as unknown. Null while nothing is known.';
 COMMENT ON COLUMN userpilot_profiles.job IS 'Job the entity is in flight in: userpilot_jobs.id.';

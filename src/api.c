@@ -294,8 +294,15 @@ count_member(JsonbContainer *object, const char *name)
 	if (value == NULL || value->type == jbvNull)
 		return -1;
 	if (value->type == jbvNumeric)
-		text = DatumGetCString(DirectFunctionCall1(numeric_out,
-												   NumericGetDatum(value->val.numeric)));
+	{
+		Datum		number = NumericGetDatum(value->val.numeric);
+
+		/* 1e131071 would be as many digits, in each element of a list */
+		if (DatumGetBool(DirectFunctionCall2(numeric_gt, number,
+											 NumericGetDatum(int64_to_numeric(PG_INT64_MAX)))))
+			return 0;
+		text = DatumGetCString(DirectFunctionCall1(numeric_out, number));
+	}
 	else
 		text = string_member(object, name, 64);
 	if (!isdigit((unsigned char) text[0]))

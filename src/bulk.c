@@ -289,8 +289,10 @@ bulk_completed(Sender *sender)
 		bulk->record_limit = Min(bulk->record_limit * 2, USERPILOT_MAX_RECORDS);
 		bulk_forget_plan(sender);	/* its units are as small */
 	}
-	/* the slot has just become free: no need to ask, but let others have a turn */
-	if (quota_job_slot_wanted(bulk->slot_application, clock_now()))
+	/* the slot has just become free: no need to ask, but let others have a turn;
+	 * after a crash it may be another's, who did not know of this job */
+	if (bulk->slot_application == 0 ||
+		quota_job_slot_wanted(bulk->slot_application, sender->serverid, clock_now()))
 	{
 		bulk->dirty = true;
 		become_idle(sender);
@@ -364,7 +366,16 @@ bulk_never_arrived(Sender *sender)
 		bulk_enter(bulk, BULK_ASK, 0);
 		return;
 	}
-	jobs_update(bulk->current->job.id, &news);
+	if (bulk->current->job.job_id != NULL)
+	{
+		/* it was there once: the next run is another */
+		MemoryContext old = MemoryContextSwitchTo(bulk->current->context);
+
+		jobs_restart(&bulk->current->job, news.error);
+		MemoryContextSwitchTo(old);
+	}
+	else
+		jobs_update(bulk->current->job.id, &news);
 	jobs_give_back_attempt(bulk->current->job.id);
 	bulk->current->job.attempts = Max(bulk->current->job.attempts - 1, 0);
 	bulk_enter(bulk, BULK_SUBMIT, 0);
@@ -423,7 +434,7 @@ ahead_at(const Sender *sender, int64 now)
 	if (bulk->state != BULK_RUNNING || bulk->next->entities != NULL || bulk->done->job.id != 0 ||
 		bulk->plan == NULL || bulk->solo != NULL || !sender_may_send(sender) ||
 		sender->paused || bulk->lane.outages > 0 ||
-		bulk_overdue(bulk, now) || quota_job_slot_wanted(bulk->slot_application, now))
+		bulk_overdue(bulk, now) || quota_job_slot_wanted(bulk->slot_application, sender->serverid, now))
 		return PG_INT64_MAX;
 	return Max(bulk->ends_at - clock_api_ms(AHEAD_MS), bulk->lane.not_before);
 }
@@ -478,7 +489,7 @@ bulk_step(Sender *sender, int64 now)
 			if (!sweep_needed(sender))
 			{
 				bulk_forget_plan(sender);
-				bulk->dirty = bulk->after_solos = false;
+				bulk->dirty = bulk->after_solos = bulk->waiting_for_slot = false;
 				return false;
 			}
 			if (!take_slot(sender))

@@ -137,12 +137,28 @@ note_refusal(Sender *sender, const HttpResult *result, const char *error)
 	jobs_update(sender->bulk.current->job.id, &news);
 }
 
+/* An earlier submission may have gone through: what the job holds stays held */
+static void
+stay_in_doubt(Bulk *bulk, int64 until)
+{
+	bulk->unknown_looks = 0;
+	bulk_enter(bulk, BULK_UNKNOWN, until);
+}
+
+/* Whether it would be too early to act upon a refusal for that reason */
+static bool
+may_run(const Bulk *bulk, int64 now)
+{
+	return bulk->in_doubt && now - bulk->since < delivery_job_overdue(bulk_expected_ms(bulk));
+}
+
 static void
 answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 				const DeliveryDecision *decision, const char *error, int64 now)
 {
 	Bulk	   *bulk = &sender->bulk;
-	int64		wait_until;
+	int64		wait_until = now + CONFLICT_MS +
+		delivery_lane_backoff(bulk->conflicts + 1, sender_random());
 
 	MemoryContextReset(bulk->body_context);
 	if (decision->action == DELIVERY_LEARN)
@@ -162,13 +178,10 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 			/* each time in vain: wait longer if the list is no help */
 			if (bulk->conflicts++ == 0)
 				bulk->since = now;
-			wait_until = now + CONFLICT_MS + delivery_lane_backoff(bulk->conflicts, sender_random());
 			bulk->waiting_for_slot = true;
 			if (bulk->in_doubt)
 			{
-				/* it may be in its own way: what it holds stays held */
-				bulk->unknown_looks = 0;
-				bulk_enter(bulk, BULK_UNKNOWN, wait_until);
+				stay_in_doubt(bulk, wait_until);
 				break;
 			}
 			bulk_refused(sender, error, true);
@@ -176,6 +189,12 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 			bulk_enter(bulk, BULK_ASK, wait_until);
 			break;
 		case DELIVERY_SHRINK:
+			if (may_run(bulk, now))
+			{
+				bulk->conflicts++;
+				stay_in_doubt(bulk, wait_until);
+				break;
+			}
 			bulk->record_limit = Max(bulk->current->job.records / 2, 1);
 			bulk->since_shrunk = 0;
 			bulk_refused(sender, error, true);
@@ -184,10 +203,15 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 		case DELIVERY_DEAD:		/* alone it will get its own answer */
 		case DELIVERY_DISSOLVE:
 			/* after a 5xx it may be running all the same: find out first */
-			if (result->status / 100 == 4 && result->status != 408 && result->status != 425)
-				bulk_dissolved(sender, error);
-			else
+			if (result->status / 100 != 4 || result->status == 408 || result->status == 425)
 				bulk_unknown(sender, error, now);
+			else if (may_run(bulk, now))
+			{
+				bulk->conflicts++;
+				stay_in_doubt(bulk, wait_until);
+			}
+			else
+				bulk_dissolved(sender, error);
 			break;
 		case DELIVERY_UNKNOWN:
 			bulk_unknown(sender, error, now);

@@ -138,10 +138,10 @@ pending_recall(Realtime *rt, int64 now)
 static void
 count_rows(Realtime *rt, const Pending *pending, int n, int64 bytes)
 {
-	if (pending->solo)
-		return;
-	rt->rows += n;
-	rt->bytes += bytes;
+	RowCount   *count = pending->solo ? &rt->solo : &rt->fresh;
+
+	count->rows += n;
+	count->bytes += bytes;
 }
 
 int64
@@ -152,6 +152,18 @@ pending_bytes(const Pending *pending, int nrows)
 	for (int i = 0; i < nrows; i++)
 		bytes += VARSIZE(pending->rows[i]->metadata);
 	return bytes;
+}
+
+static void
+set_solo(Realtime *rt, Pending *pending, bool solo)
+{
+	int64		bytes = pending_bytes(pending, pending->nrows);
+
+	count_rows(rt, pending, -pending->nrows, -bytes);
+	pending->solo = solo;
+	pending->helped = false;
+	rt->solos += solo ? 1 : -1;
+	count_rows(rt, pending, pending->nrows, bytes);
 }
 
 static Pending *
@@ -237,9 +249,7 @@ pending_add_solo(Realtime *rt, const QueueRow *row, bool helped)
 		pending = pending_add(rt, row);
 	if (!pending->solo)
 	{
-		count_rows(rt, pending, -pending->nrows, -pending_bytes(pending, pending->nrows));
-		pending->solo = true;
-		rt->solos++;
+		set_solo(rt, pending, true);
 		dlist_delete(&pending->node);
 		push_waiting(rt, pending);
 	}
@@ -306,5 +316,8 @@ pending_drop_sent(Realtime *rt, Pending *pending)
 	memmove(pending->rows, pending->rows + pending->nsent, left * sizeof(QueueRow *));
 	pending->nrows = left;
 	pending->nprovisional = Max(pending->nprovisional - pending->nsent, 0);
+	/* what was handed over has gone, the rest has come since */
+	if (pending->solo && pending->nsent > 0)
+		set_solo(rt, pending, false);
 	pending_wait(rt, pending, pace(rt, pending->key));
 }

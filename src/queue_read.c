@@ -387,6 +387,7 @@ queue_stands(QueueRow **rows, int n)
 	TupleTableSlot *slot = table_slot_create(rel, NULL);
 	bool		all = true;
 
+	queue_check_shape(rel);
 	for (int i = 0; all && i < n; i++)
 	{
 		all = still_there(rel, rows[i], slot);
@@ -440,6 +441,7 @@ positions(const QueueRow *rows, int n)
 	Datum	   *tids = palloc(Max(n, 1) * sizeof(Datum));
 	int			found = 0;
 
+	queue_check_shape(rel);
 	for (int i = 0; i < n; i++)
 	{
 		if (still_there(rel, &rows[i], slot))

@@ -50,6 +50,7 @@ typedef struct Application
 	int			job_holder;		/* pid of the worker whose job runs ... */
 	Oid			job_server;		/* ... for this server of its database */
 	int			job_waiter;		/* pid of a worker that asked in vain ... */
+	Oid			job_waiter_server;	/* ... for this server ... */
 	int64		job_waiting;	/* ... and when it last did */
 	int64		used_at;
 	int			nseeded;
@@ -256,6 +257,12 @@ quota_calls_return(uint64 application, int n)
 	held_add(application, -n);
 }
 
+static bool
+is_waiter(const Application *app, Oid server)
+{
+	return app->job_waiter == MyProcPid && app->job_waiter_server == server;
+}
+
 /*
  * One job at a time for an application, whoever's; idempotent for a holder.
  * Who asked in vain has the next turn, if he keeps asking.
@@ -271,7 +278,7 @@ quota_job_slot_take(uint64 application, Oid server, int64 now)
 	if (app != NULL && app->job_holder == MyProcPid && app->job_server == server)
 		mine = true;
 	else if (app != NULL && app->job_holder == 0 &&
-			 (app->job_waiter == MyProcPid || now - app->job_waiting > WAITER_MS))
+			 (is_waiter(app, server) || now - app->job_waiting > WAITER_MS))
 	{
 		app->job_holder = MyProcPid;
 		app->job_server = server;
@@ -280,9 +287,10 @@ quota_job_slot_take(uint64 application, Oid server, int64 now)
 		mine = true;
 	}
 	else if (app != NULL &&
-			 (app->job_waiter == MyProcPid || now - app->job_waiting > WAITER_MS))
+			 (is_waiter(app, server) || now - app->job_waiting > WAITER_MS))
 	{
 		app->job_waiter = MyProcPid;
+		app->job_waiter_server = server;
 		app->job_waiting = now;
 	}
 	LWLockRelease(shared->lock);
@@ -317,16 +325,16 @@ quota_give_back(void)
 	}
 }
 
-/* Whether someone else waits for the slot */
+/* Whether someone else than this server waits for the slot */
 bool
-quota_job_slot_wanted(uint64 application, int64 now)
+quota_job_slot_wanted(uint64 application, Oid server, int64 now)
 {
 	Application *app;
 	bool		wanted;
 
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	app = application_find(application);
-	wanted = app != NULL && app->job_waiter != 0 && app->job_waiter != MyProcPid &&
+	wanted = app != NULL && app->job_waiter != 0 && !is_waiter(app, server) &&
 		now - app->job_waiting <= WAITER_MS;
 	LWLockRelease(shared->lock);
 	return wanted;

@@ -100,12 +100,27 @@ realtime_reset_look(Sender *sender)
 	rt->denied_until = 0;
 }
 
+static bool
+is_full(RowCount count, int times)
+{
+	return count.rows >= times * MAX_ROWS || count.bytes >= (int64) times * MAX_BYTES;
+}
+
+bool
+realtime_takes_solos(const Sender *sender)
+{
+	return !is_full(sender->rt.solo, 1);
+}
+
 static void
 look_row(const QueueRow *row, void *arg)
 {
 	Realtime   *rt = arg;
+	EntityKey	key = {row->kind, row->entity_len, row->entity_id};
+	const Pending *waiting = pending_find(rt, key);
 
-	if (rt->rows >= MAX_ROWS || rt->bytes >= MAX_BYTES)
+	/* newer rows of what was handed over count with that, and may double it */
+	if (waiting != NULL && waiting->solo ? is_full(rt->solo, 2) : is_full(rt->fresh, 1))
 		rt->overflow = true;
 	else
 		(void) pending_add(rt, row);
@@ -132,7 +147,8 @@ realtime_look_again(Sender *sender)
 	Realtime   *rt = &sender->rt;
 
 	if (sender->bulk.done->nrows == 0 &&
-		((rt->overflow && rt->rows < MAX_ROWS / 2 && rt->bytes < MAX_BYTES / 2) || rt->moved))
+		((rt->overflow && rt->fresh.rows + rt->solo.rows < MAX_ROWS / 2 &&
+		  rt->fresh.bytes + rt->solo.bytes < MAX_BYTES / 2) || rt->moved))
 	{
 		rt->moved = false;
 		realtime_reset_look(sender);
@@ -249,6 +265,16 @@ choose_from(Sender *sender, PendingList list, Pending **chosen, int max, int64 *
 	return n;
 }
 
+/* Whether what is fresh and would go first has failed before */
+static bool
+has_failed(const Realtime *rt)
+{
+	dlist_head *fresh = (dlist_head *) &rt->waiting[WAITING_FRESH];
+
+	return !dlist_is_empty(fresh) &&
+		dlist_container(Pending, node, dlist_head_node(fresh))->failed_at != 0;
+}
+
 static int
 choose(Sender *sender, Pending **chosen, int max, int64 now)
 {
@@ -257,10 +283,17 @@ choose(Sender *sender, Pending **chosen, int max, int64 now)
 	int			solos;
 
 	pending_recall(&sender->rt, now);
-	n = choose_from(sender, WAITING_FRESH, chosen, max, &bytes, now);
 	solos = solos_paid_for(sender, now);
 	if (solos == 0)				/* the limit may be lower than it was */
 		sender->rt.solo_at = Max(sender->rt.solo_at, now + SOLO_INTERVAL_MS);
+	if (sender->rt.lane.outages > 0 && has_failed(&sender->rt))
+	{
+		/* the one probe is not always to be the one that the trouble is about */
+		n = choose_from(sender, WAITING_SOLO, chosen, Min(max, solos), &bytes, now);
+		if (n > 0)
+			return n;
+	}
+	n = choose_from(sender, WAITING_FRESH, chosen, max, &bytes, now);
 	return n + choose_from(sender, WAITING_SOLO, chosen + n, Min(max - n, solos), &bytes, now);
 }
 

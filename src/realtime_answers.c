@@ -10,9 +10,9 @@
 #include "history.h"
 #include "pending.h"
 
-/* Everything ready goes back: the circuit has opened */
-static void
-withdraw_ready(Sender *sender)
+/* Everything ready goes back: it would wait for long, or is of another time */
+void
+realtime_withdraw(Sender *sender)
 {
 	Realtime   *rt = &sender->rt;
 	Profile    *profile;
@@ -40,20 +40,6 @@ realtime_give_back(Sender *sender)
 		quota_calls_return(dlist_container(Pending, node, iter.cur)->application, 1);
 }
 
-void
-realtime_withdraw(Sender *sender)
-{
-	Realtime   *rt = &sender->rt;
-	dlist_mutable_iter iter;
-
-	realtime_give_back(sender);
-	dlist_foreach_modify(iter, &rt->ready)
-	{
-		rt->nready--;
-		pending_wait(rt, dlist_container(Pending, node, iter.cur), 0);
-	}
-}
-
 static void
 bury(Sender *sender, Pending *pending, const HttpResult *result, const char *error)
 {
@@ -67,10 +53,19 @@ bury(Sender *sender, Pending *pending, const HttpResult *result, const char *err
 
 	for (int r = 0; r < pending->nsent; r++)
 		rows[r] = *pending->rows[r];
-	(void) queue_bury(rows, pending->nsent, &why);
+	if (queue_bury(rows, pending->nsent, &why) < (uint64) pending->nsent)
+		sender->rt.moved = true;
 	ereport(LOG,
 			(errmsg("userpilot: %s \"%s\" went to userpilot_dead_letters: %s",
 					userpilot_kind_name(pending->key.kind), pending->key.id, error)));
+}
+
+/* They are counted until an answer is final */
+static void
+forget_attempts(Sender *sender, Profile *profile)
+{
+	profile->attempts = 0;
+	profiles_set_attempts(sender->env->server, &profile, 1);
 }
 
 /* One answer; entities to learn are collected in learned */
@@ -117,6 +112,7 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 			if (pending->provisional)
 			{
 				pending->nprovisional = pending->nsent;
+				forget_attempts(sender, profile);
 				pending_wait(rt, pending, now + HELD_MS);
 				break;
 			}
@@ -131,6 +127,7 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 			break;
 		case DELIVERY_DEAD:
 			bury(sender, pending, result, error);
+			forget_attempts(sender, profile);
 			pending_drop_sent(rt, pending);
 			break;
 		case DELIVERY_BACKOFF:
@@ -172,8 +169,8 @@ realtime_answered(Sender *sender, HttpResult **results, int n, int64 now)
 	for (int i = 0; i < nlearned; i++)
 		pending_drop_sent(rt, learned[i]);
 	sender_delivered(sender, nlearned);
-	if (rt->lane.outages > 0 || sender->paused)
-		withdraw_ready(sender);
+	if (rt->lane.outages > 0 || rt->lane.throttled > 0 || sender->paused)
+		realtime_withdraw(sender);
 	realtime_look_again(sender);
 }
 

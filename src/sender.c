@@ -60,6 +60,7 @@ sender_reload(Sender *sender)
 	MemoryContext old = MemoryContextSwitchTo(context);
 	Environment *env = environment_load(sender->serverid);
 	bool		reshaped;
+	bool		rekeyed;
 
 	MemoryContextSwitchTo(old);
 	if (env == NULL)
@@ -75,14 +76,15 @@ sender_reload(Sender *sender)
 							 env->server)));
 	}
 	reshaped = sender->env != NULL && !shape_excludes_same(&sender->env->shape, &env->shape);
+	rekeyed = sender->env != NULL && (env->problem != NULL ||
+									  env->fingerprint != sender->env->fingerprint);
 	MemoryContextDelete(sender->env_context);
 	sender->env_context = context;
 	sender->env = env;
-	if (reshaped)
-	{
+	if (reshaped || rekeyed)
 		realtime_withdraw(sender);
+	if (reshaped)
 		bulk_withdraw(sender);
-	}
 	return true;
 }
 

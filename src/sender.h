@@ -74,6 +74,13 @@ typedef struct Pending
 	HttpPiece	body;
 } Pending;
 
+/* Rows in memory, and what their metadata takes */
+typedef struct RowCount
+{
+	int			rows;
+	int64		bytes;
+} RowCount;
+
 typedef struct Realtime
 {
 	Lane		lane;
@@ -88,8 +95,8 @@ typedef struct Realtime
 	dlist_head	calling;
 	int			nready;
 	int			ncalling;
-	int			rows;			/* pending, but for those of solos */
-	int64		bytes;			/* ... of metadata */
+	RowCount	fresh;			/* rows of entities that looks have found ... */
+	RowCount	solo;			/* ... and of those the bulk lane handed over */
 	int			solos;
 	QueueSeen  *seen;			/* by the last look, NULL: none yet */
 	bool		overflow;		/* more is queued than fits */
@@ -222,6 +229,12 @@ extern char *sender_answer_text(const HttpResult *result);
 extern void realtime_give_back(Sender *sender);
 /* What is marked and has not left is to be merged again */
 extern void realtime_withdraw(Sender *sender);
+
+/* Whether there is room for more of what the bulk lane hands over */
+extern bool realtime_takes_solos(const Sender *sender);
+
+/* Reads which bulk SELECTs are on record: a merge compares with them */
+extern void bulk_reload_batches(Sender *sender);
 extern void realtime_init(Sender *sender);
 extern void realtime_reset_look(Sender *sender);
 extern void realtime_look(Sender *sender);

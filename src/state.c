@@ -442,7 +442,7 @@ state_worker_retreat(int64 due_at)
 	SpinLockAcquire(&my_slot->mutex);
 	worker_gone(my_slot);
 	my_slot->left_cleanly = true;
-	my_slot->due_at = due_at;
+	my_slot->due_at = my_slot->unserved_until = due_at;	/* whatever is committed */
 	SpinLockRelease(&my_slot->mutex);
 }
 

@@ -203,7 +203,14 @@ sort_of(Sweep *sweep, const QueueRow *row, EntityKey key, uint32 hash, SweepSort
 		return false;
 	}
 	if (bulk->solo && entities_lookup_hash(bulk->solo, key, hash))
+	{
 		*sort = SWEEP_SOLO;
+		if (!realtime_takes_solos(sweep->sender))
+		{
+			sweep->solo_seen = sweep->solo_waits = true;
+			return false;
+		}
+	}
 	else if (!share_bulk_row(sweep->sender, row, hash))
 		return false;
 	else if (fits_job(sweep))
@@ -526,8 +533,8 @@ sweep_next(Sweep *sweep)
 
 /* ------------------------------------------------------------ the whole */
 
-static void
-reload_batches(Sender *sender)
+void
+bulk_reload_batches(Sender *sender)
 {
 	Bulk	   *bulk = &sender->bulk;
 	MemoryContext old;
@@ -575,7 +582,7 @@ bulk_prepare(Sender *sender, bool ahead)
 												ALLOCSET_DEFAULT_SIZES);
 	old = MemoryContextSwitchTo(sweep.context);
 	held_job_clear(bulk->next);
-	reload_batches(sender);
+	bulk_reload_batches(sender);
 	job_writer_init(&sweep.job, sender, bulk->record_limit);
 
 	/* a dissolved job's rows may be anywhere */

@@ -289,7 +289,11 @@ step_look(StateWake wake)
 	for (int i = 0; i < nsenders; i++)
 	{
 		if (look_at_all)
+		{
+			/* dead letters may be back, of before such a SELECT */
+			bulk_reload_batches(senders[i]);
 			realtime_reset_look(senders[i]);
+		}
 		if (wake.bulk_changes != seen_bulk_changes || look_at_all)
 			bulk_changed(senders[i]);
 		realtime_look(senders[i]);

@@ -175,6 +175,8 @@ my %untold = (
 	'503 with Retry-After though accepted' =>
 	  { status_after => 503, headers => { 'Retry-After' => '1' } },
 	'a redirect though accepted' => { status_after => 302, headers => { location => '/' } },
+	'no answer, and 404 to the second submission' => [ { drop => 'after' }, { status => 404 } ],
+	'no answer, and 413 to the second submission' => [ { drop => 'after' }, { status => 413 } ],
 );
 
 foreach my $format ('json', 'ndjson')
@@ -188,7 +190,8 @@ foreach my $format ('json', 'ndjson')
 		either($turns++);
 		forget($node, 'postgres', 'requests', 'jobs');
 		$api->fault({ job => 'slow', factor => 200 }, match => { path => bulk_path() }, times => 1);
-		$api->fault($untold{$name}, match => { path => bulk_path() }, times => 1);
+		$api->fault($_, match => { path => bulk_path() }, times => 1)
+		  foreach ref $untold{$name} eq 'ARRAY' ? @{ $untold{$name} } : $untold{$name};
 		change('bulk');
 		until_true('it runs', sub { return @{ $api->jobs } > $before; });
 		change('realtime');

@@ -68,6 +68,18 @@ is($node->safe_psql('postgres', 'SELECT userpilot_retry()'), '1', 'retried');
 $node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
 is($api->entity('companies', 'b')->{metadata}{name}, 'new', 'the older value stays away');
 
+# A change that was never sent, and has been overtaken by a bulk SELECT, does not
+# come back over it, whichever worker is asked
+$node->safe_psql('postgres', q{
+	INSERT INTO userpilot_dead_letters (lsn, xid, enqueued_at, bulk, server, kind, entity_id, metadata, error, attempts)
+	VALUES (pg_current_wal_insert_lsn(), pg_current_xact_id(), now(), false, 'userpilot', 'company', 'o', '{"name":"overtaken"}', 'mended', 0);
+	SELECT userpilot_bulk_identify_companies('o', '{"name":"newer"}'::jsonb);
+	CALL userpilot_wait('30 s')});
+until_true('the worker leaves', sub { return $node->safe_psql('postgres', 'SELECT userpilot_worker_pid() IS NULL') eq 't'; });
+is($node->safe_psql('postgres', q{SELECT userpilot_retry(entity_id => 'o')}), '1', 'a change that was overtaken is retried');
+$node->safe_psql('postgres', "CALL userpilot_wait('30 s')");
+is($api->entity('companies', 'o')->{metadata}{name}, 'newer', '... and stays away');
+
 # A user whose company is made unknown while a call is under way, which does not
 # name it: that stays unknown
 $node->safe_psql('postgres', q{SELECT userpilot_identify_user('u', '{"v":1}', 'c'); CALL userpilot_wait('30 s')});
