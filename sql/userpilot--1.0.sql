@@ -91,7 +91,7 @@ ALTER TABLE userpilot_queue REPLICA IDENTITY FULL;
 REVOKE ALL ON TABLE userpilot_queue FROM PUBLIC;
 
 COMMENT ON TABLE userpilot_queue IS 'Changes that Userpilot has not acknowledged yet. Written by the functions, triggers and aggregates in the caller''s transaction; rows are never updated, and deleted only when acknowledged or moved to userpilot_dead_letters.';
-COMMENT ON COLUMN userpilot_queue.lsn IS 'WAL insert position when the change was queued: orders two changes made under one row lock. Rows of a bulk SELECT carry the position at its start.';
+COMMENT ON COLUMN userpilot_queue.lsn IS 'WAL insert position when the change was queued: orders two changes made under one row lock. Rows of a bulk SELECT count from the position at its start.';
 COMMENT ON COLUMN userpilot_queue.xid IS 'Top-level transaction that queued the change.';
 COMMENT ON COLUMN userpilot_queue.enqueued_at IS 'When the queueing transaction''s statement wrote it.';
 COMMENT ON COLUMN userpilot_queue.batch IS 'Bulk SELECT the row came from: userpilot_batches.id. Null for direct changes.';

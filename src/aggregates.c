@@ -148,10 +148,15 @@ statement_of(FunctionCallInfo fcinfo)
 {
 	const EState *estate = ((AggState *) fcinfo->context)->ss.ps.state;
 	const PlannedStmt *plan = estate->es_plannedstmt;
-	const char *text = estate->es_sourceText + Max(plan->stmt_location, 0);
-	int			len = plan->stmt_len > 0 ? plan->stmt_len : (int) strlen(text);
-	const char *end = plan->stmt_len > 0 ? NULL : strchr(text, ';');
+	const char *text;
+	const char *end;
+	int			len;
 
+	if (plan == NULL || estate->es_sourceText == NULL)
+		return pstrdup("");		/* a row is evaluated again after a concurrent update */
+	text = estate->es_sourceText + Max(plan->stmt_location, 0);
+	len = plan->stmt_len > 0 ? plan->stmt_len : (int) strlen(text);
+	end = plan->stmt_len > 0 ? NULL : strchr(text, ';');
 	if (end != NULL && end[strspn(end, "; \t\r\n")] != '\0')
 		return pstrdup("");
 	for (; len > 0 && isspace((unsigned char) *text); len--)

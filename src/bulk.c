@@ -358,6 +358,7 @@ bulk_never_arrived(Sender *sender)
 		bulk_dissolved(sender, "submitted several times without a proper answer");
 		return;
 	}
+	news.status = JOB_UNKNOWN;
 	news.error = "no proper answer came, and Userpilot lists no such job";
 	if (bulk->bind_anew)
 	{
@@ -373,9 +374,10 @@ bulk_never_arrived(Sender *sender)
 
 		jobs_restart(&bulk->current->job, news.error);
 		MemoryContextSwitchTo(old);
+		bulk->last_completed = 0;
+		bulk->said_over = false;
 	}
-	else
-		jobs_update(bulk->current->job.id, &news);
+	jobs_update(bulk->current->job.id, &news);
 	jobs_give_back_attempt(bulk->current->job.id);
 	bulk->current->job.attempts = Max(bulk->current->job.attempts - 1, 0);
 	bulk_enter(bulk, BULK_SUBMIT, 0);

@@ -74,11 +74,11 @@ note_state(const Intake *intake, ReadState *state)
 }
 
 static void
-refuse_order(const char *what)
+refuse_order(void)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
-			 errmsg("a bulk SELECT cannot read an older state than %s before it in this transaction", what),
+			 errmsg("a bulk SELECT cannot read an older state than one before it in this transaction"),
 			 errhint("Open its cursor, or call what runs it, after the other has ended.")));
 }
 
@@ -86,7 +86,7 @@ static void
 check_order(const Intake *intake)
 {
 	if (intake->batch != NULL && compare_state(intake, &left_out[intake->kind]) < 0)
-		refuse_order("one");
+		refuse_order();
 }
 
 /* Once its position in the WAL is taken, by which what the same transaction has
@@ -97,9 +97,12 @@ check_begin(const Intake *intake)
 	const ReadState *read = &have_read[intake->kind];
 
 	if (queue_changed_since(intake->kind, intake->command))
-		refuse_order("a change that was queued");
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+				 errmsg("a bulk SELECT cannot read an older state than a change that was queued before it in this transaction"),
+				 errhint("Make changes in a statement before it, and open its cursor after them.")));
 	if (intake->order == read->order && compare_state(intake, read) < 0)
-		refuse_order("one");
+		refuse_order();
 }
 
 /* How many transactions had ended, as in merge.c */

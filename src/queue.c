@@ -169,12 +169,26 @@ transaction_callback(XactEvent event, void *arg)
 	memset(changed_in, 0xff, sizeof(changed_in));
 }
 
+/* What this command queued is gone, and the next one may have its number */
+static void
+forget_command(void)
+{
+	CommandId	now = GetCurrentCommandId(false);
+
+	for (int kind = 0; kind < USERPILOT_KINDS; kind++)
+		if (changed_in[kind] != InvalidCommandId && changed_in[kind] >= now)
+			changed_in[kind] = now > 0 ? now - 1 : InvalidCommandId;
+}
+
 static void
 subtransaction_callback(SubXactEvent event, SubTransactionId me,
 						SubTransactionId parent, void *arg)
 {
 	if (event == SUBXACT_EVENT_ABORT_SUB)
+	{
 		close_queue();
+		forget_command();
+	}
 	if (event == SUBXACT_EVENT_ABORT_SUB || event == SUBXACT_EVENT_COMMIT_SUB)
 		queue_batches_subtransaction(event == SUBXACT_EVENT_COMMIT_SUB, me, parent);
 }

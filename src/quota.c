@@ -332,6 +332,8 @@ quota_job_slot_wanted(uint64 application, Oid server, int64 now)
 	Application *app;
 	bool		wanted;
 
+	if (application == 0)
+		return false;			/* none is held */
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	app = application_find(application);
 	wanted = app != NULL && app->job_waiter != 0 && !is_waiter(app, server) &&

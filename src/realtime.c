@@ -265,14 +265,13 @@ choose_from(Sender *sender, PendingList list, Pending **chosen, int max, int64 *
 	return n;
 }
 
-/* Whether what is fresh and would go first has failed before */
-static bool
-has_failed(const Realtime *rt)
+/* When that which would go first has failed, 0: it has not; INT64_MAX: none waits */
+static int64
+first_failed_at(Realtime *rt, PendingList list)
 {
-	dlist_head *fresh = (dlist_head *) &rt->waiting[WAITING_FRESH];
-
-	return !dlist_is_empty(fresh) &&
-		dlist_container(Pending, node, dlist_head_node(fresh))->failed_at != 0;
+	if (dlist_is_empty(&rt->waiting[list]))
+		return PG_INT64_MAX;
+	return dlist_container(Pending, node, dlist_head_node(&rt->waiting[list]))->failed_at;
 }
 
 static int
@@ -286,7 +285,8 @@ choose(Sender *sender, Pending **chosen, int max, int64 now)
 	solos = solos_paid_for(sender, now);
 	if (solos == 0)				/* the limit may be lower than it was */
 		sender->rt.solo_at = Max(sender->rt.solo_at, now + SOLO_INTERVAL_MS);
-	if (sender->rt.lane.outages > 0 && has_failed(&sender->rt))
+	if (sender->rt.lane.outages > 0 &&
+		first_failed_at(&sender->rt, WAITING_FRESH) > first_failed_at(&sender->rt, WAITING_SOLO))
 	{
 		/* the one probe is not always to be the one that the trouble is about */
 		n = choose_from(sender, WAITING_SOLO, chosen, Min(max, solos), &bytes, now);

@@ -38,6 +38,7 @@ typedef struct StateSlot
 	uint64		changes;
 	uint64		bulk_changes;
 	bool		read_all;
+	int			claims;			/* transactions that will wake its worker */
 	bool		wanted;			/* a worker should be started */
 	bool		starting;		/* ... and has been asked for */
 	int			started_by;		/* pid of the launcher that will see its end */
@@ -68,6 +69,7 @@ typedef struct StateShared
 
 static StateShared *shared = NULL;
 static StateSlot *my_slot = NULL;
+static StateSlot *claimed = NULL;	/* until this transaction ends */
 static bool commit_wakes = false;
 static bool commit_reads_all = false;
 static bool commit_has_bulk = false;
@@ -146,7 +148,8 @@ slot_take_idle(void)
 		bool		idle;
 
 		SpinLockAcquire(&slot->mutex);
-		idle = slot->worker_pid == 0 && !slot->starting && !slot->wanted && slot->due_at == 0;
+		idle = slot->worker_pid == 0 && !slot->starting && !slot->wanted && slot->due_at == 0 &&
+			slot->claims == 0;
 		if (idle)
 			slot->database = InvalidOid;
 		SpinLockRelease(&slot->mutex);
@@ -225,11 +228,32 @@ prepare_wake(void)
 				 errhint("Raise userpilot.max_databases and restart the server.")));
 }
 
+/* Acquires the mutex of this database's slot; false if there is none.  It may
+ * have become another's meanwhile. */
+static bool
+lock_my_slot(void)
+{
+	while (my_slot != NULL)
+	{
+		SpinLockAcquire(&my_slot->mutex);
+		if (my_slot->database == MyDatabaseId)
+			return true;
+		SpinLockRelease(&my_slot->mutex);
+		my_slot = slot_find(MyDatabaseId, true);
+	}
+	return false;
+}
+
 void
 state_note_commit_wake(void)
 {
 	prepare_wake();
 	commit_wakes = true;
+	if (claimed != NULL || !lock_my_slot())
+		return;
+	my_slot->claims++;
+	SpinLockRelease(&my_slot->mutex);
+	claimed = my_slot;
 }
 
 void
@@ -252,22 +276,12 @@ state_forget(void)
 	commit_wakes = false;
 	commit_has_bulk = false;
 	commit_reads_all = false;
-}
-
-/* Acquires the mutex of this database's slot; false if there is none.  It may
- * have become another's meanwhile. */
-static bool
-lock_my_slot(void)
-{
-	while (my_slot != NULL)
-	{
-		SpinLockAcquire(&my_slot->mutex);
-		if (my_slot->database == MyDatabaseId)
-			return true;
-		SpinLockRelease(&my_slot->mutex);
-		my_slot = slot_find(MyDatabaseId, true);
-	}
-	return false;
+	if (claimed == NULL)
+		return;
+	SpinLockAcquire(&claimed->mutex);
+	claimed->claims--;
+	SpinLockRelease(&claimed->mutex);
+	claimed = NULL;
 }
 
 /* After commit: raise the counter, set whose latch it is.  Cannot fail. */
@@ -458,7 +472,7 @@ state_worker_vacate(void)
 	worker_gone(my_slot);
 	my_slot->left_cleanly = true;
 	my_slot->due_at = 0;
-	if (!my_slot->wanted)
+	if (!my_slot->wanted && my_slot->claims == 0)
 		my_slot->database = InvalidOid;
 	SpinLockRelease(&my_slot->mutex);
 	LWLockRelease(shared->lock);
@@ -643,7 +657,7 @@ state_launcher_ended(Oid database, uint64 start, bool connectable, int64 now)
 	{
 		/* the database is gone, or takes no connections: its slot is free */
 		slot->left_cleanly = true;
-		if (!slot->wanted)
+		if (!slot->wanted && slot->claims == 0)
 			slot->database = InvalidOid;
 		slot->wanted = false;
 	}

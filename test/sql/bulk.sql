@@ -80,6 +80,14 @@ SELECT userpilot_identify_company(1, '{"plan": "new"}');
 COMMIT;
 SELECT count(*) FROM userpilot_queue;
 
+-- what was rolled back was not queued
+BEGIN;
+SAVEPOINT before;
+SELECT userpilot_identify_company(i, '{}'), 1 / (2 - i) FROM generate_series(1, 2) i;
+ROLLBACK TO before;
+SELECT userpilot_bulk_identify_companies(1, '{}');
+ROLLBACK;
+
 -- a long statement is cut, and a role has its name on its own
 CREATE ROLE regress_bulk;
 GRANT USAGE ON FOREIGN SERVER userpilot TO regress_bulk;
