@@ -203,7 +203,7 @@ COMMENT ON COLUMN userpilot_jobs.total_rows IS 'As Userpilot says.';
 COMMENT ON COLUMN userpilot_jobs.completed_rows IS 'As Userpilot says; less than records in a completed job means that records were dropped.';
 COMMENT ON COLUMN userpilot_jobs.http_status IS 'Of the last answer.';
 COMMENT ON COLUMN userpilot_jobs.request_id IS 'x-request-id of the submission; Userpilot''s support asks for it.';
-COMMENT ON COLUMN userpilot_jobs.attempts IS 'Submissions.';
+COMMENT ON COLUMN userpilot_jobs.attempts IS 'Submissions, less those refused for the moment and those that turned out not to have arrived.';
 COMMENT ON COLUMN userpilot_jobs.error IS 'What went wrong, in words.';
 COMMENT ON COLUMN userpilot_jobs.response IS 'Last answer, whole.';
 COMMENT ON COLUMN userpilot_jobs.created_at IS 'When it was prepared.';
