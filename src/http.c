@@ -4,8 +4,8 @@
  *
  * A process of the server must answer its latch and the postmaster's death
  * while it waits for the network, so libcurl gets no loop of its own: it tells
- * us which sockets it wants watched and when it wants to be called, and one
- * wait event set, built anew for each wait, watches them beside the latch.
+ * us which sockets it wants watched and when it wants to be called, and a wait
+ * event set, built anew for each wait, watches them beside the latch.
  *
  * Three rules keep libcurl and the server apart:
  *
@@ -429,8 +429,21 @@ drive_if_due(Http *http)
 	drive(http, CURL_SOCKET_TIMEOUT, 0);
 }
 
+/* Without sockets: PostgreSQL's own set is there already */
 static bool
-wait_and_drive(Http *http, long timeout_ms, uint32 wait_event)
+wait_latch(long timeout_ms, uint32 wait_event)
+{
+	int			events = WL_LATCH_SET | WL_EXIT_ON_PM_DEATH |
+		(timeout_ms >= 0 ? WL_TIMEOUT : 0);
+	bool		latched = (WaitLatch(MyLatch, events, timeout_ms, wait_event) & WL_LATCH_SET) != 0;
+
+	if (latched)
+		ResetLatch(MyLatch);
+	return latched;
+}
+
+static bool
+wait_sockets(Http *http, long timeout_ms, uint32 wait_event)
 {
 	WaitEvent  *ready = palloc(sizeof(WaitEvent) * (http->nsockets + 2));
 	WaitEventSet *set = compat_create_wait_event_set(http->nsockets + 2);
@@ -441,8 +454,7 @@ wait_and_drive(Http *http, long timeout_ms, uint32 wait_event)
 	/* the set holds a descriptor that no memory context would close */
 	PG_TRY();
 	{
-		nready = wait_ready(http, set, sleep_ms(http, timeout_ms), wait_event,
-							ready, &latched);
+		nready = wait_ready(http, set, timeout_ms, wait_event, ready, &latched);
 	}
 	PG_FINALLY();
 	{
@@ -461,18 +473,23 @@ wait_and_drive(Http *http, long timeout_ms, uint32 wait_event)
 		drive(http, ready[i].fd, events);
 	}
 	pfree(ready);
-	drive_if_due(http);
-	collect(http);
 	return latched;
 }
 
 bool
 http_wait(Http *http, long timeout_ms, uint32 wait_event)
 {
+	bool		latched;
+
 	/* before sockets are waited for: it may open some, or end at once */
 	drive_if_due(http);
 	collect(http);
-	return wait_and_drive(http, timeout_ms, wait_event);
+	timeout_ms = sleep_ms(http, timeout_ms);
+	latched = http->nsockets > 0 ? wait_sockets(http, timeout_ms, wait_event) :
+		wait_latch(timeout_ms, wait_event);
+	drive_if_due(http);
+	collect(http);
+	return latched;
 }
 
 HttpResult *
