@@ -5,8 +5,8 @@
 #   make reliability            long runs under kills, stops and faults
 #   make bench                  what it costs, against real baselines
 #   make installcheck           SQL, concurrency and processes, with servers of
-#                               their own; PostgreSQL refuses to run as root,
-#                               so does this: test/run does it all
+#                               their own; not as root, which PostgreSQL
+#                               refuses: test/run takes care of that
 MODULE_big = userpilot
 EXTENSION = userpilot
 DATA = sql/userpilot--1.0.sql
@@ -26,6 +26,12 @@ PROVE_TESTS = test/t/*.pl
 
 UNIT = test/unit/merge_histories test/unit/delivery_cells
 EXTRA_CLEAN = $(UNIT) tmp_check tmp_regress tmp_isolation
+
+ifeq ($(shell command -v curl-config),)
+ifneq ($(MAKECMDGOALS),clean)
+$(error curl-config is missing; on Debian it is in libcurl4-openssl-dev)
+endif
+endif
 
 PG_CPPFLAGS = -Isrc $(shell curl-config --cflags)
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter

@@ -32,7 +32,7 @@ SIZES = {
     "idle": (60, 3), "memory": (49, 10),
 }
 BUDGET = 1500                   # seconds after which no row starts
-HEADER = ("| what | baseline | userpilot | ratio | reach | |\n"
+HEADER = ("| what | baseline | userpilot | ratio | target | |\n"
           "|---|---|---|---|---|---|")
 
 
@@ -77,7 +77,7 @@ def measure(bench, name):
 def plain(result):
     """A result as a line for the terminal."""
     parts = [result.what, result.baseline and "baseline " + result.baseline,
-             result.ours, result.ratio, result.reach,
+             result.ours, result.ratio, result.target,
              result.verdict.strip("*")]
     if result.verdict == "not measured":
         parts[1] = result.note
@@ -174,8 +174,8 @@ def main():
     finally:
         bench.cluster.stop()
     verdicts = [r.verdict for found in results.values() for r in found]
-    print("%d reached, %d missed, %d not measured, in %d s" % (
-        verdicts.count("reached"), verdicts.count("**missed**"),
+    print("%d met, %d missed, %d not measured, in %d s" % (
+        verdicts.count("met"), verdicts.count("**missed**"),
         verdicts.count("not measured"), time.monotonic() - start))
     return 1 if bench.failed else 0
 

@@ -129,10 +129,10 @@ def latency(bench):
             bare.append(notify.sample(flushes=False))
             flush.append(notify.flush())
         least = [a + b for a, b in zip(bare, flush)]
-        for name, p, reach in (("p50", 0.5, 2), ("p99", 0.99, 3)):
+        for name, p, target in (("p50", 0.5, 2), ("p99", 0.99, 3)):
             yield Result("commit → request at the server, worker there, %s of"
                          " %s" % (name, format(n, ",")), percentile(told, p),
-                         percentile(ours, p), "ms", reach=reach,
+                         percentile(ours, p), "ms", target=target,
                          note="baseline: NOTIFY heard, whose COMMIT flushes "
                          "the WAL once; ours does twice")
             yield Result("... against a NOTIFY without a flush, plus a write "
@@ -154,7 +154,7 @@ def latency(bench):
                       for i in range(n // 40)]
         yield Result("... with one call that is not answered in flight, p50",
                      percentile(after, 0.5), percentile(beside, 0.5), "ms",
-                     reach=1.25, note="baseline: without; longest beside it: "
+                     target=1.25, note="baseline: without; longest beside it: "
                      "%.1f ms" % max(beside))
         notify.close()
 
@@ -182,7 +182,7 @@ def cold(bench):
         ours()
         found = alternate(n, baseline=connect, ours=ours)
     yield Result("commit → request at the server, no worker running",
-                 unit="ms", reach=4, note="baseline: connect and SELECT 1",
+                 unit="ms", target=4, note="baseline: connect and SELECT 1",
                  **found)
 
 
@@ -245,10 +245,10 @@ def realtime(bench):
         config = curl_config(bench, nginx.port, n)
         found = alternate(bench.repetitions(5), baseline=baseline, ours=ours)
     yield Result("real-time lane, limit off, %s calls, nginx" %
-                 format(n, ","), reach=4, note="baseline: curl --parallel of "
+                 format(n, ","), target=4, note="baseline: curl --parallel of "
                  "the same requests, 16 connections; every call has its row "
                  "in userpilot_requests and its profile", **found)
-    yield Result("... open connections", ours=max(most), unit="", reach=17,
+    yield Result("... open connections", ours=max(most), unit="", target=17,
                  note="16 calls in flight are the default, and the bulk lane")
 
 
@@ -285,7 +285,7 @@ def delivered(bench):
                     format(n, ","), scale,
                     "100 a transaction" if lane == "real-time" else
                     "by one bulk SELECT"),
-                bound(n) / scale, took, reach=1.05,
+                bound(n) / scale, took, target=1.05,
                 note="baseline: the limits' own bound, calculated" +
                 ("; one job on purpose: a bulk SELECT of no more is not split"
                  if lane == "bulk" and n <= 10000 else ""))
@@ -363,7 +363,7 @@ def prepare(bench):
             first.append(times[0])
     what = "%s queued changes of %s entities into stored payloads" % (
         format(changes, ","), format(entities, ","))
-    yield Result(what, base, total, reach=6, note="baseline: GROUP BY over "
+    yield Result(what, base, total, target=6, note="baseline: GROUP BY over "
                  "the queue. Ours: for each job, from the answer that let it "
                  "be prepared to its arrival at the server, summed; learning "
                  "and deleting the job before is in it")
@@ -404,9 +404,9 @@ def backlog(bench):
         large = looks("large")
         yield Result("backlog of %s rows: commit → request at the server, "
                      "p50" % format(rows, ","), percentile(small, 0.5),
-                     percentile(large, 0.5), "ms", reach=1.15,
+                     percentile(large, 0.5), "ms", target=1.15,
                      note="a look and what follows; baseline: backlog of "
-                     "1,000 rows; the bulk lane waits for its slot; reach: "
+                     "1,000 rows; the bulk lane waits for its slot; target: "
                      "the same, with the scatter of one run")
 
         with Peak(lambda: bench.cluster.process(WORKER)) as peak:
@@ -416,13 +416,13 @@ def backlog(bench):
                   bench.repetitions(3), 300, 0.05)
         session.query("SELECT userpilot_disable('userpilot')")
         times = prepare_times(sink)
-    yield Result("... preparing the first job", counts, times[:1], reach=5,
+    yield Result("... preparing the first job", counts, times[:1], target=5,
                  note="baseline: warm SELECT count(*) of the queue. Ours: as "
                  "above; the pass over the queue that plans ten jobs is in it")
-    yield Result("... preparing the ones after it", counts, times[1:], reach=5,
+    yield Result("... preparing the ones after it", counts, times[1:], target=5,
                  note="they learn and delete, too")
     yield Result("... memory of the worker's own meanwhile",
-                 ours=peak.megabytes, unit="MB", reach=150, note="sampled")
+                 ours=peak.megabytes, unit="MB", target=150, note="sampled")
     bench.cluster.drop("backlog")
 
 
@@ -452,11 +452,11 @@ def memory(bench):
         size = int(session.value("SELECT max(bytes) FROM userpilot_jobs"))
     yield Result("an NDJSON job of %.1f MB prepared and uploaded: memory of "
                  "the worker's own beyond an idle session's" % (size / 1e6),
-                 ours=peak.megabytes - idle, unit="MB", reach=150,
+                 ours=peak.megabytes - idle, unit="MB", target=150,
                  note="sampled every millisecond; an idle session: %.1f MB"
                  % idle)
     yield Result("... and until it was acknowledged: learnt, and its rows "
-                 "deleted", ours=later.megabytes - idle, unit="MB", reach=150,
+                 "deleted", ours=later.megabytes - idle, unit="MB", target=150,
                  note="the same process")
 
 
@@ -485,13 +485,13 @@ def idle(bench):
         statements = int(other.value(sql)) - before
     what = "idle for %d s: " % seconds
     yield Result(what + "transactions in the database", ours=statements,
-                 unit="", reach=0, note="pg_stat_database")
+                 unit="", target=0, note="pg_stat_database")
     yield Result(what + "samples that saw a worker process", ours=workers,
-                 unit="", reach=0, note="four a second; the API's minutes "
+                 unit="", target=0, note="four a second; the API's minutes "
                  "pass %d times faster, so any timer of the worker's would "
                  "have fired" % SCALE)
     yield Result(what + "wake-ups of the launcher", ours=woken, unit="",
-                 reach=1, note="voluntary context switches")
+                 target=1, note="voluntary context switches")
 
 
 ROWS = {"prepare": prepare, "backlog": backlog, "latency": latency,

@@ -59,12 +59,12 @@ def enqueue_loop(bench):
             baseline=timed(session, "CALL loop_outbox(%d)" % n),
             ours=timed(session, "CALL loop_userpilot(%d)" % n)), n)
     yield Result("%s calls in one transaction, plpgsql loop" % format(n, ","),
-                 unit="µs/row", reach=0.85, **found)
+                 unit="µs/row", target=0.85, **found)
 
 
 def enqueue_90(bench):
     n = bench.size("loop") // 90 * 90
-    for setting, reach in (("off", 0.85), ("on", None)):
+    for setting, target in (("off", 0.85), ("on", None)):
         with prepared(bench) as session:
             session.query("SET synchronous_commit = %s" % setting)
             found = per_row(alternate(
@@ -72,8 +72,8 @@ def enqueue_90(bench):
                 baseline=timed(session, "CALL commits_outbox(%d, 90)" % n),
                 ours=timed(session, "CALL commits_userpilot(%d, 90)" % n)), n)
         yield Result("90 calls a transaction, %s rows, synchronous_commit %s"
-                     % (format(n, ","), setting), unit="µs/row", reach=reach,
-                     note="" if reach else "for information: waiting for the "
+                     % (format(n, ","), setting), unit="µs/row", target=target,
+                     note="" if target else "for information: waiting for the "
                      "disk is the same for both", **found)
 
 
@@ -119,7 +119,7 @@ def autocommit(bench):
                 return pgbench(bench, scripts[name], clients, synchronous)
             return run
 
-        for synchronous, reach in (("on", 0.97), ("off", 0.9)):
+        for synchronous, target in (("on", 0.97), ("off", 0.9)):
             for clients in (1, 2, 8):
                 found = alternate(
                     bench.repetitions(15),
@@ -128,7 +128,7 @@ def autocommit(bench):
                 yield Result("one call a transaction, %d client%s, "
                              "synchronous_commit %s" % (
                                  clients, "s" * (clients > 1), synchronous),
-                             unit="tps", reach=reach, at_least=True, **found)
+                             unit="tps", target=target, at_least=True, **found)
 
 
 def million(bench):
@@ -143,15 +143,15 @@ def million(bench):
             cost[name] = [session.timed("CALL commits_%s(%d, 1)" % (
                 name, step)) * 1e6 / step for _ in range(100)]
             emptied(session)
-    for name, reach in (("userpilot", 1.05), ("outbox", None)):
+    for name, target in (("userpilot", 1.05), ("outbox", None)):
         yield Result("%s commits of one session: commits %s to %s, then the "
                      "last %s; %s" % (
                          format(n, ","), format(step, ","),
                          format(11 * step, ","), format(10 * step, ","),
-                         name if reach else "the same with the outbox"),
-                     cost[name][1:11], cost[name][-10:], "µs", reach=reach,
-                     note="baseline: the early ones; reach: allows for the "
-                     "scatter of one run" if reach else "for information")
+                         name if target else "the same with the outbox"),
+                     cost[name][1:11], cost[name][-10:], "µs", target=target,
+                     note="baseline: the early ones; target: allows for the "
+                     "scatter of one run" if target else "for information")
 
 
 FILL = """DROP TRIGGER IF EXISTS bench ON customers; TRUNCATE customers;
@@ -189,7 +189,7 @@ def trigger(bench):
                                                                 "ours")}
     yield Result("UPDATE of %s rows, row trigger on 6 columns: time added to "
                  "that of the bare UPDATE" % format(n, ","), unit="µs/row",
-                 reach=0.5, note="the bare UPDATE: %.1f µs/row" % bare,
+                 target=0.5, note="the bare UPDATE: %.1f µs/row" % bare,
                  **added)
 
 
@@ -239,7 +239,7 @@ def bulk(bench):
             ours=timed(session, BULK)), n)
         emptied(session)
     yield Result("bulk SELECT of %s rows" % format(n, ","), unit="µs/row",
-                 reach=0.6, **found)
+                 target=0.6, **found)
 
     memory = {}
     for name, rows in (("baseline", n // 10), ("ours", n)):
@@ -253,9 +253,9 @@ def bulk(bench):
                 memory[name].append(peak.megabytes - idle)
                 emptied(session)
     yield Result("... memory a backend takes for it: %s rows, %s rows" % (
-        format(n // 10, ","), format(n, ",")), unit="MB", reach=1.2,
+        format(n // 10, ","), format(n, ",")), unit="MB", target=1.2,
         note="own memory beyond what it had after a bulk SELECT of 10 rows, "
-        "sampled; reach: flat", **memory)
+        "sampled; target: flat", **memory)
 
 
 FLOOR = "SELECT sum(length(metadata::text)) FROM accounts GROUP BY (id - 1) / 10000"
@@ -286,9 +286,9 @@ def payload(bench):
     floor = found["floor"]
     yield Result("payload aggregate, %s rows in groups of 10,000" %
                  format(n, ","), floor, found["payload"], "µs/row",
-                 reach=1.15)
+                 target=1.15)
     yield Result("NDJSON aggregate, the same", floor, found["ndjson"],
-                 "µs/row", reach=1.15)
+                 "µs/row", target=1.15)
     yield Result("... a hand-written string_agg in place of ours", floor,
                  found["by_hand"], "µs/row", note="for information")
     yield Result("... the same floor with two parallel workers", floor,

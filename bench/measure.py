@@ -5,7 +5,7 @@ turns, so that a machine that slows down slows both.
 """
 import statistics
 
-REACHED, MISSED, SHOWN = "reached", "**missed**", ""
+MET, MISSED, SHOWN = "met", "**missed**", ""
 
 
 class NotMeasured(Exception):
@@ -53,7 +53,7 @@ def figure(samples, unit):
 class Result:
     """One line of the report."""
 
-    def __init__(self, what, baseline=None, ours=None, unit="s", reach=None,
+    def __init__(self, what, baseline=None, ours=None, unit="s", target=None,
                  ratio=None, at_least=False, note="", ours_unit=None):
         self.what = what
         self.baseline = figure(baseline, unit)
@@ -64,15 +64,15 @@ class Result:
         self.ratio = "" if ratio is None else "%.2f ×" % ratio
         judged = ratio if ratio is not None else \
             None if ours is None else median(ours)
-        self.reach = ""
+        self.target = ""
         self.verdict = SHOWN
-        if reach is not None:
+        if target is not None:
             sign = "≥" if at_least else "≤"
-            self.reach = "%s %s%s" % (sign, ("%g" % reach),
+            self.target = "%s %s%s" % (sign, ("%g" % target),
                                       " ×" if ratio is not None else
                                       " " + (ours_unit or unit))
-            good = judged >= reach if at_least else judged <= reach
-            self.verdict = REACHED if good else MISSED
+            good = judged >= target if at_least else judged <= target
+            self.verdict = MET if good else MISSED
 
     @classmethod
     def missing(cls, what, reason):
@@ -84,7 +84,7 @@ class Result:
     def line(self):
         return "| %s |" % " | ".join([self.what + (
             "<br>*%s*" % self.note if self.note else ""), self.baseline,
-            self.ours, self.ratio, self.reach, self.verdict])
+            self.ours, self.ratio, self.target, self.verdict])
 
 
 def median(samples):

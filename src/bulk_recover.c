@@ -1,6 +1,7 @@
 /*
  * bulk_recover.c
- *	  The bulk lane: what an earlier worker left goes on.
+ *	  The bulk lane: what an earlier worker left goes on, as a job may be
+ *	  running at Userpilot whatever became of the worker.
  */
 #include "postgres.h"
 

@@ -492,7 +492,7 @@ load_key(Environment *env, OptionValues values)
 			psprintf("server \"%s\" has no user mapping for PUBLIC; that of role \"%s\" is not read",
 					 env->server, role);
 		env->problem_hint =
-			psprintf("CREATE USER MAPPING FOR PUBLIC SERVER %s OPTIONS (api_key_file '/etc/userpilot/key');",
+			psprintf("CREATE USER MAPPING FOR PUBLIC SERVER %s OPTIONS (api_key_file '/etc/userpilot.key');",
 					 quote_identifier(env->server));
 		return;
 	}

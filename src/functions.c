@@ -1,6 +1,7 @@
 /*
  * functions.c
- *	  The functions and procedures that people call.
+ *	  The functions that people call, and the views for them: to queue one
+ *	  change, to steer what is queued or known, to be told why nothing runs.
  */
 #include "postgres.h"
 
@@ -27,6 +28,10 @@ PG_FUNCTION_INFO_V1(userpilot_validator);
 PG_FUNCTION_INFO_V1(userpilot_cancel);
 PG_FUNCTION_INFO_V1(userpilot_invalidate);
 PG_FUNCTION_INFO_V1(userpilot_wake);
+PG_FUNCTION_INFO_V1(userpilot_kind);
+PG_FUNCTION_INFO_V1(userpilot_disabled_reason);
+PG_FUNCTION_INFO_V1(userpilot_worker_pid);
+PG_FUNCTION_INFO_V1(userpilot_launch_problem);
 
 /* An id argument, whatever its declared type */
 static text *
@@ -48,19 +53,27 @@ metadata_argument(FunctionCallInfo fcinfo, int n, UserpilotKind kind, const Shap
 	return metadata;
 }
 
+static void
+identify(FunctionCallInfo fcinfo, UserpilotKind kind, const char *id, const char *function)
+{
+	const EnvironmentRef *server = environment_current();
+	QueueChange change = {.kind = kind};
+
+	change.server = server->name;
+	change.entity_id = id_argument(fcinfo, 0, id);
+	change.metadata = metadata_argument(fcinfo, 1, kind, &server->shape);
+	if (kind == USERPILOT_USER && !PG_ARGISNULL(2))
+		change.company_id = id_argument(fcinfo, 2, "company_id");
+	queue_enqueue(&change, function);
+}
+
 /*
  * userpilot_identify_company(company_id "any", metadata jsonb) returns void
  */
 Datum
 userpilot_identify_company(PG_FUNCTION_ARGS)
 {
-	const EnvironmentRef *server = environment_current();
-	QueueChange change = {.kind = USERPILOT_COMPANY};
-
-	change.server = server->name;
-	change.entity_id = id_argument(fcinfo, 0, "company_id");
-	change.metadata = metadata_argument(fcinfo, 1, change.kind, &server->shape);
-	queue_enqueue(&change, "userpilot_identify_company()");
+	identify(fcinfo, USERPILOT_COMPANY, "company_id", "userpilot_identify_company()");
 	PG_RETURN_VOID();
 }
 
@@ -71,15 +84,7 @@ userpilot_identify_company(PG_FUNCTION_ARGS)
 Datum
 userpilot_identify_user(PG_FUNCTION_ARGS)
 {
-	const EnvironmentRef *server = environment_current();
-	QueueChange change = {.kind = USERPILOT_USER};
-
-	change.server = server->name;
-	change.entity_id = id_argument(fcinfo, 0, "user_id");
-	change.metadata = metadata_argument(fcinfo, 1, change.kind, &server->shape);
-	if (!PG_ARGISNULL(2))
-		change.company_id = id_argument(fcinfo, 2, "company_id");
-	queue_enqueue(&change, "userpilot_identify_user()");
+	identify(fcinfo, USERPILOT_USER, "user_id", "userpilot_identify_user()");
 	PG_RETURN_VOID();
 }
 
@@ -122,15 +127,28 @@ userpilot_validator(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
-static void
-check_kind(const char *kind)
+static text *
+check_kind(text *arg)
 {
+	const char *kind = text_to_cstring(arg);
+
 	for (int i = 0; i < USERPILOT_KINDS; i++)
 		if (strcmp(kind, userpilot_kind_name(i)) == 0)
-			return;
+			return arg;
 	ereport(ERROR,
 			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 			 errmsg("kind must be \"company\" or \"user\", not \"%s\"", kind)));
+	return NULL;
+}
+
+/*
+ * userpilot_kind(text) returns text: the argument, if it is one; for functions
+ * in SQL
+ */
+Datum
+userpilot_kind(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_TEXT_P(check_kind(PG_GETARG_TEXT_PP(0)));
 }
 
 /*
@@ -151,7 +169,7 @@ userpilot_invalidate(PG_FUNCTION_ARGS)
 	server = text_to_cstring(PG_GETARG_TEXT_PP(0));
 	(void) environment_owned(server);
 	if (!PG_ARGISNULL(1))
-		check_kind(text_to_cstring(PG_GETARG_TEXT_PP(1)));
+		(void) check_kind(PG_GETARG_TEXT_PP(1));
 	sql_become_owner(&caller);
 	n = profiles_invalidate(server,
 							PG_ARGISNULL(1) ? NULL : PG_GETARG_TEXT_PP(1),
@@ -203,4 +221,39 @@ userpilot_wake(PG_FUNCTION_ARGS)
 {
 	state_note_read_all();
 	PG_RETURN_VOID();
+}
+
+/* ------------------------------------------------------------- for views */
+
+/* userpilot_disabled_reason(server oid) returns text */
+Datum
+userpilot_disabled_reason(PG_FUNCTION_ARGS)
+{
+	const char *reason = environment_disabled_reason(PG_GETARG_OID(0));
+
+	if (reason == NULL)
+		PG_RETURN_NULL();
+	PG_RETURN_TEXT_P(cstring_to_text(reason));
+}
+
+/* userpilot_worker_pid() returns integer: null if none runs here */
+Datum
+userpilot_worker_pid(PG_FUNCTION_ARGS)
+{
+	int			pid = state_worker_pid(MyDatabaseId);
+
+	if (pid == 0)
+		PG_RETURN_NULL();
+	PG_RETURN_INT32(pid);
+}
+
+/* userpilot_launch_problem() returns text: null if there is none */
+Datum
+userpilot_launch_problem(PG_FUNCTION_ARGS)
+{
+	const char *problem = state_launch_problem(MyDatabaseId);
+
+	if (problem == NULL)
+		PG_RETURN_NULL();
+	PG_RETURN_TEXT_P(cstring_to_text(problem));
 }

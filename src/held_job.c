@@ -1,6 +1,7 @@
 /*
  * held_job.c
- *	  A job and what it holds.
+ *	  A job and what it holds, in memory of its own: three jobs change places,
+ *	  and each is cleared as a whole.
  */
 #include "postgres.h"
 

@@ -1,6 +1,7 @@
 /*
  * history.c
- *	  What people read afterwards: userpilot_requests and userpilot_progress.
+ *	  What people read afterwards: userpilot_requests and userpilot_progress;
+ *	  and how long that, jobs and bulk SELECTs are kept.
  */
 #include "postgres.h"
 

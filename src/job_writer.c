@@ -1,6 +1,7 @@
 /*
  * job_writer.c
- *	  A job being made: its row, its records in chunks, the marks.
+ *	  A job being made: its row, its records in chunks, the marks; so that its
+ *	  body is never in memory as a whole.
  */
 #include "postgres.h"
 

@@ -12,7 +12,6 @@
 #define JOB_PREPARED "prepared"
 #define JOB_UNKNOWN "unknown"
 #define JOB_COMPLETED "completed"
-#define JOB_FAILED "failed"
 #define JOB_REFUSED "refused"
 #define JOB_DISSOLVED "dissolved"
 

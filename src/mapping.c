@@ -1,6 +1,7 @@
 /*
  * mapping.c
- *	  What the arguments of a trigger say of its table.
+ *	  What the arguments of a trigger say of its table: read once a statement,
+ *	  by the trigger, by a sync, and by the check for mistakes.
  */
 #include "postgres.h"
 

@@ -130,7 +130,7 @@ static const OptionPair option_pairs[] = {
 	"One command can replace one by the other: "
 	"ALTER SERVER ... OPTIONS (DROP region, ADD endpoint '...')."},
 	{OPTION_API_KEY, OPTION_API_KEY_FILE,
-		"Give the key as OPTIONS (api_key_file '/etc/userpilot/key') or, "
+		"Give the key as OPTIONS (api_key_file '/etc/userpilot.key') or, "
 		"for trials, as OPTIONS (api_key '...').",
 	"One command can replace one by the other: ALTER USER MAPPING FOR PUBLIC "
 	"SERVER ... OPTIONS (DROP api_key, ADD api_key_file '...')."}

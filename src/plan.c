@@ -1,6 +1,7 @@
 /*
  * plan.c
- *	  Which rows of the queue the next jobs are made of.
+ *	  Which rows of the queue the next jobs are made of, in a fixed amount of
+ *	  memory however long the queue is.
  */
 #include "postgres.h"
 

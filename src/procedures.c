@@ -1,7 +1,7 @@
 /*
  * procedures.c
- *	  CALL userpilot_wait() and CALL userpilot_check(), and what
- *	  userpilot_status asks of shared memory.
+ *	  CALL userpilot_wait() and CALL userpilot_check(): procedures, because
+ *	  they must not hold a snapshot while they wait.
  */
 #include "postgres.h"
 
@@ -26,9 +26,6 @@
 
 PG_FUNCTION_INFO_V1(userpilot_wait);
 PG_FUNCTION_INFO_V1(userpilot_check);
-PG_FUNCTION_INFO_V1(userpilot_disabled_reason);
-PG_FUNCTION_INFO_V1(userpilot_worker_pid);
-PG_FUNCTION_INFO_V1(userpilot_launch_problem);
 
 /* How often userpilot_wait looks (ms) */
 #define WAIT_MIN_MS 20
@@ -288,39 +285,4 @@ userpilot_check(PG_FUNCTION_ARGS)
 		sql_end_call();
 	}
 	PG_RETURN_VOID();
-}
-
-/* ------------------------------------------------------------- for views */
-
-/* userpilot_disabled_reason(server oid) returns text */
-Datum
-userpilot_disabled_reason(PG_FUNCTION_ARGS)
-{
-	const char *reason = environment_disabled_reason(PG_GETARG_OID(0));
-
-	if (reason == NULL)
-		PG_RETURN_NULL();
-	PG_RETURN_TEXT_P(cstring_to_text(reason));
-}
-
-/* userpilot_worker_pid() returns integer: null if none runs here */
-Datum
-userpilot_worker_pid(PG_FUNCTION_ARGS)
-{
-	int			pid = state_worker_pid(MyDatabaseId);
-
-	if (pid == 0)
-		PG_RETURN_NULL();
-	PG_RETURN_INT32(pid);
-}
-
-/* userpilot_launch_problem() returns text: null if there is none */
-Datum
-userpilot_launch_problem(PG_FUNCTION_ARGS)
-{
-	const char *problem = state_launch_problem(MyDatabaseId);
-
-	if (problem == NULL)
-		PG_RETURN_NULL();
-	PG_RETURN_TEXT_P(cstring_to_text(problem));
 }

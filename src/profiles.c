@@ -1,6 +1,7 @@
 /*
  * profiles.c
- *	  userpilot_profiles: what Userpilot is known to have; many at a time.
+ *	  userpilot_profiles: what Userpilot is known to have; by statements, where
+ *	  many rows change at a time or nobody waits.
  */
 #include "postgres.h"
 

@@ -235,6 +235,10 @@ userpilot_sync_table(PG_FUNCTION_ARGS)
 	int			found = 0;
 	int			synced = 0;
 
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("the table must not be null")));
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
 	rel = table_open(PG_GETARG_OID(0), AccessShareLock);

@@ -19,7 +19,6 @@ typedef enum UserpilotKind
 
 /* Documented limits of the API (bulk: "Bulk Companies/Users Update") */
 #define USERPILOT_MAX_RECORDS 10000
-#define USERPILOT_MAX_BODY (50 * 1024 * 1024)
 #define USERPILOT_REQUESTS_PER_MINUTE 600
 #define USERPILOT_RECORDS_PER_MINUTE 1800
 

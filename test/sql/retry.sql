@@ -58,7 +58,8 @@ SELECT server, kind, entity_id, metadata FROM queued;
 SELECT bury();
 SELECT userpilot_retry(1, 'other');
 SELECT userpilot_retry(4, 'other', 'company', 'c1');
-SELECT userpilot_retry(kind => 'userpilot');
+SELECT userpilot_retry(kind => 'companies');
+SELECT server, dead_letters FROM userpilot_status ORDER BY server;
 -- all that are left, in their order
 SELECT userpilot_retry();
 SELECT server, kind, entity_id, metadata FROM userpilot_queue ORDER BY ctid;
@@ -97,6 +98,7 @@ ROLLBACK;
 --
 -- userpilot_trace()
 --
+SELECT * FROM userpilot_trace('companies', 'c1');
 -- rolled back, lest so old requests are pruned while they are looked at
 BEGIN;
 TRUNCATE userpilot_profiles, userpilot_queue;

@@ -71,6 +71,22 @@ SELECT attempt('SELECT userpilot_retry()');
 SELECT attempt('SELECT * FROM userpilot_trace(''company'', ''secret'')');
 RESET ROLE;
 REVOKE EXECUTE ON FUNCTION userpilot_retry, userpilot_trace, userpilot_wake FROM regress_rights;
+-- what an operator needs, as doc/operations.md has it; rolled back
+BEGIN;
+CREATE ROLE regress_operator IN ROLE pg_monitor;
+GRANT EXECUTE ON FUNCTION userpilot_retry, userpilot_trace, userpilot_wake TO regress_operator;
+GRANT SELECT ON userpilot_queue, userpilot_requests TO regress_operator;
+GRANT INSERT ON userpilot_queue TO regress_operator;
+GRANT SELECT, DELETE ON userpilot_dead_letters TO regress_operator;
+GRANT SELECT, UPDATE (attempts) ON userpilot_profiles TO regress_operator;
+INSERT INTO userpilot_dead_letters (lsn, xid, enqueued_at, bulk, server, kind, entity_id, metadata, error, attempts)
+	VALUES ('0/1', '3', now(), false, 'userpilot', 'company', 'operated', '{}', 'for the operator', 1);
+SET LOCAL ROLE regress_operator;
+SELECT server, dead_letters FROM userpilot_status;
+SELECT what FROM userpilot_trace('company', 'operated');
+SELECT userpilot_retry(entity_id => 'operated');
+SELECT count(*) FROM userpilot_jobs;
+ROLLBACK;
 SELECT proname FROM pg_proc WHERE proname ^@ 'userpilot' AND prosecdef;
 
 --
