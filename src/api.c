@@ -282,29 +282,38 @@ string_member(JsonbContainer *object, const char *name, int max)
 	return pnstrdup(value->val.string.val, len);
 }
 
+/* 0 if it is none that fits.  As text 1e131071 or 1e-16383 would be as many
+ * digits, in each element of a list. */
+static int64
+whole_number(Numeric numeric)
+{
+	Datum		number = NumericGetDatum(numeric);
+	Datum		max = NumericGetDatum(int64_to_numeric(PG_INT64_MAX));
+	Datum		min = NumericGetDatum(int64_to_numeric(0));
+	int64		count;
+
+	if (DatumGetBool(DirectFunctionCall2(numeric_gt, number, max)) ||
+		DatumGetBool(DirectFunctionCall2(numeric_lt, number, min)))
+		return 0;
+	count = DatumGetInt64(DirectFunctionCall1(numeric_int8, number));
+	return DatumGetBool(DirectFunctionCall2(numeric_eq, number,
+											NumericGetDatum(int64_to_numeric(count)))) ? count : 0;
+}
+
 /* A count, given as a number or as a string; -1 if absent, 0 if it is none */
 static int64
 count_member(JsonbContainer *object, const char *name)
 {
 	JsonbValue *value = member(object, name);
-	char	   *text;
+	const char *text;
 	char	   *end;
 	int64		count;
 
 	if (value == NULL || value->type == jbvNull)
 		return -1;
 	if (value->type == jbvNumeric)
-	{
-		Datum		number = NumericGetDatum(value->val.numeric);
-
-		/* 1e131071 would be as many digits, in each element of a list */
-		if (DatumGetBool(DirectFunctionCall2(numeric_gt, number,
-											 NumericGetDatum(int64_to_numeric(PG_INT64_MAX)))))
-			return 0;
-		text = DatumGetCString(DirectFunctionCall1(numeric_out, number));
-	}
-	else
-		text = string_member(object, name, 64);
+		return whole_number(value->val.numeric);
+	text = string_member(object, name, 64);
 	if (!isdigit((unsigned char) text[0]))
 		return 0;
 	errno = 0;

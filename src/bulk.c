@@ -480,7 +480,8 @@ bulk_step(Sender *sender, int64 now)
 	Bulk	   *bulk = &sender->bulk;
 	MemoryContext old;
 
-	if (!sender_still_enabled(sender))
+	/* options may just have changed */
+	if (!sender_still_enabled(sender) || !sender_may_send(sender))
 		return false;
 	/* who knows when it would have its turn, and what it holds waits with it */
 	if (bulk->state != BULK_PREPARE && (bulk->state != BULK_RUNNING || bulk_overdue(bulk, now)))

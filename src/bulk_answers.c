@@ -10,7 +10,7 @@
 #include "bulk_job.h"
 #include "history.h"
 
-/* After a refusal for the slot's sake (API ms) */
+/* After a refusal for the moment (API ms) */
 #define CONFLICT_MS 2000
 
 /* A list without the job is believed this long after the lost answer, and
@@ -71,6 +71,7 @@ adopt(Sender *sender, const ApiJob *job, int64 now)
 	news.submitted = true;
 	jobs_update(bulk->current->job.id, &news);
 	bulk->conflicts = 0;
+	bulk->failed_since[DELIVERY_SUBMIT] = 0;
 	bulk->in_doubt = bulk->waiting_for_slot = false;
 	bulk->ends_at = bulk->since + bulk_expected_ms(bulk);
 	bulk_enter(bulk, BULK_RUNNING, now);
@@ -112,20 +113,16 @@ accepted(Sender *sender, const HttpResult *result, const ApiJob *job, int64 now)
 	bulk_enter(bulk, BULK_RUNNING, next_poll(bulk, now));
 }
 
-/* A gateway may say so after the job has gone through */
-static bool
-may_have_arrived(const HttpResult *result)
-{
-	return result->status == 503 || result->status / 100 == 3;
-}
-
 static void
-note_refusal(Sender *sender, const HttpResult *result, const char *error)
+note_refusal(Sender *sender, const HttpResult *result, const DeliveryDecision *decision,
+			 const char *error, int64 now)
 {
 	JobNews		news = JOB_NO_NEWS;
 
-	if (may_have_arrived(result))
+	if (decision->open)
 	{
+		if (!sender->bulk.in_doubt)
+			sender->bulk.since = now;
 		sender->bulk.in_doubt = true;
 		news.status = JOB_UNKNOWN;
 	}
@@ -152,6 +149,17 @@ may_run(const Bulk *bulk, int64 now)
 	return bulk->in_doubt && now - bulk->since < delivery_job_overdue(bulk_expected_ms(bulk));
 }
 
+/* It has not been taken: what it held may go by other ways, and is bound anew */
+static void
+let_go(Sender *sender, const char *error, int64 now, int64 until)
+{
+	Bulk	   *bulk = &sender->bulk;
+
+	bulk_refused(sender, error, true);
+	bulk->since = now;
+	bulk_enter(bulk, BULK_ASK, until);
+}
+
 static void
 answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 				const DeliveryDecision *decision, const char *error, int64 now)
@@ -166,7 +174,7 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 		accepted(sender, result, job, now);
 		return;
 	}
-	note_refusal(sender, result, error);
+	note_refusal(sender, result, decision, error, now);
 	if (!decision->counts)
 	{
 		bulk->current->job.attempts--;
@@ -180,35 +188,25 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 				bulk->since = now;
 			bulk->waiting_for_slot = true;
 			if (bulk->in_doubt)
-			{
 				stay_in_doubt(bulk, wait_until);
-				break;
-			}
-			bulk_refused(sender, error, true);
-			bulk->since = now;
-			bulk_enter(bulk, BULK_ASK, wait_until);
+			else
+				let_go(sender, error, now, wait_until);
 			break;
 		case DELIVERY_SHRINK:
-			if (may_run(bulk, now))
-			{
-				bulk->conflicts++;
-				stay_in_doubt(bulk, wait_until);
-				break;
-			}
-			bulk->record_limit = Max(bulk->current->job.records / 2, 1);
-			bulk->since_shrunk = 0;
-			bulk_refused(sender, error, true);
-			bulk_enter(bulk, BULK_ASK, now);
-			break;
 		case DELIVERY_DEAD:		/* alone it will get its own answer */
 		case DELIVERY_DISSOLVE:
-			/* after a 5xx it may be running all the same: find out first */
-			if (result->status / 100 != 4 || result->status == 408 || result->status == 425)
+			if (decision->open)
 				bulk_unknown(sender, error, now);
 			else if (may_run(bulk, now))
 			{
 				bulk->conflicts++;
 				stay_in_doubt(bulk, wait_until);
+			}
+			else if (decision->action == DELIVERY_SHRINK)
+			{
+				bulk->record_limit = Max(bulk->current->job.records / 2, 1);
+				bulk->since_shrunk = 0;
+				let_go(sender, error, now, now);
 			}
 			else
 				bulk_dissolved(sender, error);
@@ -216,12 +214,15 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 		case DELIVERY_UNKNOWN:
 			bulk_unknown(sender, error, now);
 			break;
-		case DELIVERY_BACKOFF:
-			bulk->next_at = now + delivery_entity_backoff(bulk->current->job.attempts, sender_random());
-			break;
 		case DELIVERY_THROTTLE:
-		case DELIVERY_OUTAGE:
 		case DELIVERY_PAUSE:
+			/* who knows for how long */
+			bulk->conflicts++;
+			if (!bulk->in_doubt)
+				let_go(sender, error, now, wait_until);
+			break;
+		case DELIVERY_OUTAGE:
+		case DELIVERY_BACKOFF:
 		case DELIVERY_LEARN:
 			break;				/* the lane waits; then it is submitted again */
 	}
@@ -295,7 +296,8 @@ answered_poll(Sender *sender, const HttpResult *result, const ApiJob *job,
 	if (decision->action == DELIVERY_LEARN)
 		judge(sender, result, job, false, now);
 	else if (decision->action == DELIVERY_UNKNOWN ||
-			 (decision->action == DELIVERY_BACKOFF && bulk_overdue(bulk, now)))
+			 ((decision->action == DELIVERY_BACKOFF || decision->action == DELIVERY_OUTAGE) &&
+			  bulk_overdue(bulk, now)))
 		bulk_unknown(sender, error, now);	/* the list may tell more */
 }
 
@@ -337,9 +339,10 @@ answered_unknown(Sender *sender, const HttpResult *result, const ApiJob *jobs, i
 		for (int i = 0; i < n; i++)
 			slot_free &= api_job_is_final(jobs[i].status);
 		bulk->unknown_looks = slot_free ? bulk->unknown_looks + 1 : 0;
-		/* nor is a list waited for that is not to be had, or that never empties */
+		/* nor is a list waited for that is not to be had, or that never empties;
+		 * but while nothing is to be had, the list will be the first to tell */
 		if ((bulk->unknown_looks >= UNKNOWN_LOOKS && now - bulk->since >= UNKNOWN_MS) ||
-			bulk_overdue(bulk, now))
+			(bulk_overdue(bulk, now) && decision->action != DELIVERY_OUTAGE))
 			bulk_never_arrived(sender);
 	}
 }
@@ -391,6 +394,7 @@ bulk_answered(Sender *sender, HttpResult *result, int64 now)
 	DeliveryCall call = call_of(bulk->state);
 	DeliveryAnswer answer = sender_answer(sender, call, result);
 	DeliveryDecision decision;
+	int64	   *failed_since = &bulk->failed_since[call];
 	const char *error = NULL;
 	ApiJob		job = {0};
 	ApiJob	   *jobs = NULL;
@@ -401,13 +405,20 @@ bulk_answered(Sender *sender, HttpResult *result, int64 now)
 		answer.understood = call == DELIVERY_LIST ?
 			api_read_jobs(result->body, result->body_len, &jobs, &n) :
 			api_read_job(result->body, result->body_len, &job);
+	answer.again = *failed_since != 0;
 	answer.others_succeed = Max(bulk->lane.last_success, sender->rt.lane.last_success) >
-		bulk->call_started;
+		(answer.again ? *failed_since : bulk->call_started);
 	answer.records = bulk->current->job.records;
 	answer.attempts = bulk->current->job.attempts;
 	decision = delivery_decide(&answer);
-	if (decision.action != DELIVERY_LEARN)
+	if (decision.action == DELIVERY_LEARN)
+		*failed_since = 0;
+	else
+	{
+		if (!answer.again)
+			*failed_since = bulk->call_started;
 		error = sender_error_text(result);
+	}
 	log_call(sender, result, call, &decision, error);
 	lane_apply(sender, &bulk->lane, &decision, now, error);
 

@@ -27,7 +27,8 @@ typedef enum AnswerClass
 	ANSWER_OK,					/* 2xx that says what it must */
 	ANSWER_GARBLED,				/* 2xx that does not */
 	ANSWER_REDIRECT,			/* 3xx, never followed */
-	ANSWER_KEY,					/* 401, 403 */
+	ANSWER_KEY,					/* 401 */
+	ANSWER_FORBIDDEN,			/* 403 */
 	ANSWER_NOT_FOUND,			/* 404 */
 	ANSWER_CONFLICT,			/* 409 */
 	ANSWER_TOO_LARGE,			/* 413 */
@@ -42,6 +43,8 @@ typedef enum Rule
 	RULE_LEARN,
 	RULE_OUTAGE,
 	RULE_PAUSE,
+	RULE_PAUSE_OR_RETRY,		/* the key is good, it is about this body */
+	RULE_PAUSE_OR_SPLIT,
 	RULE_THROTTLE,
 	RULE_DEAD,
 	RULE_CONFLICT,
@@ -58,17 +61,19 @@ typedef enum Rule
 /*
  * A gateway may answer 5xx, 408 or 425 after the body went through, so to a
  * submitted job they mean as little as no answer.  A redirect is a gateway's
- * doing, or that of a wrong endpoint, so probes go on.
+ * doing, or that of a wrong endpoint, so probes go on.  403 is said of a key, but
+ * by firewalls also of one body: then others get through.
  */
-static const Rule rules[][4] = {
+static const Rule rules[][DELIVERY_CALLS] = {
 	/* DELIVERY_IDENTIFY, DELIVERY_SUBMIT, DELIVERY_POLL, DELIVERY_LIST */
 	[ANSWER_UNREACHED] = {RULE_OUTAGE, RULE_OUTAGE, RULE_OUTAGE, RULE_OUTAGE},
-	[ANSWER_LOST] = {RULE_RETRY, RULE_UNKNOWN, RULE_OUTAGE, RULE_OUTAGE},
-	[ANSWER_DROPPED] = {RULE_AGAIN, RULE_UNKNOWN, RULE_WAIT, RULE_OUTAGE},
+	[ANSWER_LOST] = {RULE_RETRY, RULE_UNKNOWN, RULE_WAIT_OR_OUTAGE, RULE_WAIT_OR_OUTAGE},
+	[ANSWER_DROPPED] = {RULE_AGAIN, RULE_UNKNOWN, RULE_WAIT, RULE_WAIT_OR_OUTAGE},
 	[ANSWER_OK] = {RULE_LEARN, RULE_LEARN, RULE_LEARN, RULE_LEARN},
 	[ANSWER_GARBLED] = {RULE_LEARN, RULE_UNKNOWN, RULE_WAIT, RULE_WAIT},
 	[ANSWER_REDIRECT] = {RULE_RETRY, RULE_OUTAGE, RULE_WAIT, RULE_WAIT},
 	[ANSWER_KEY] = {RULE_PAUSE, RULE_PAUSE, RULE_PAUSE, RULE_PAUSE},
+	[ANSWER_FORBIDDEN] = {RULE_PAUSE_OR_RETRY, RULE_PAUSE_OR_SPLIT, RULE_PAUSE, RULE_PAUSE},
 	[ANSWER_NOT_FOUND] = {RULE_DEAD, RULE_SPLIT, RULE_UNKNOWN, RULE_WAIT},
 	[ANSWER_CONFLICT] = {RULE_DEAD, RULE_CONFLICT, RULE_WAIT, RULE_WAIT},
 	[ANSWER_TOO_LARGE] = {RULE_DEAD, RULE_SHRINK, RULE_WAIT, RULE_WAIT},
@@ -109,8 +114,9 @@ classify_refusal(int status)
 	switch (status)
 	{
 		case 401:
-		case 403:
 			return ANSWER_KEY;
+		case 403:
+			return ANSWER_FORBIDDEN;
 		case 404:
 			return ANSWER_NOT_FOUND;
 		case 408:
@@ -151,6 +157,33 @@ classify(const DeliveryAnswer *answer)
 	return ANSWER_TROUBLE;
 }
 
+/* Whether the body may have been applied all the same */
+static bool
+leaves_open(AnswerClass kind, const DeliveryAnswer *answer)
+{
+	switch (kind)
+	{
+		case ANSWER_LOST:
+		case ANSWER_DROPPED:
+		case ANSWER_GARBLED:
+		case ANSWER_REDIRECT:
+		case ANSWER_TROUBLE:
+			return true;
+		case ANSWER_BUSY:
+			return answer->status != 429;
+		case ANSWER_UNREACHED:
+		case ANSWER_OK:
+		case ANSWER_KEY:
+		case ANSWER_FORBIDDEN:
+		case ANSWER_NOT_FOUND:
+		case ANSWER_CONFLICT:
+		case ANSWER_TOO_LARGE:
+		case ANSWER_REFUSED:
+			break;
+	}
+	return false;
+}
+
 /* Settles what a rule leaves open; sets action and counts */
 static void
 apply_rule(Rule rule, const DeliveryAnswer *answer, DeliveryDecision *decision)
@@ -159,6 +192,10 @@ apply_rule(Rule rule, const DeliveryAnswer *answer, DeliveryDecision *decision)
 	DeliveryAction action = DELIVERY_UNKNOWN;
 	bool		counts = false;
 
+	if (rule == RULE_PAUSE_OR_RETRY)
+		rule = others && answer->again ? RULE_RETRY : RULE_PAUSE;
+	else if (rule == RULE_PAUSE_OR_SPLIT)
+		rule = others && answer->again ? RULE_SPLIT : RULE_PAUSE;
 	switch (rule)
 	{
 		case RULE_LEARN:
@@ -168,6 +205,8 @@ apply_rule(Rule rule, const DeliveryAnswer *answer, DeliveryDecision *decision)
 			action = DELIVERY_OUTAGE;
 			break;
 		case RULE_PAUSE:
+		case RULE_PAUSE_OR_RETRY:
+		case RULE_PAUSE_OR_SPLIT:
 			action = DELIVERY_PAUSE;
 			break;
 		case RULE_THROTTLE:
@@ -231,6 +270,7 @@ delivery_decide(const DeliveryAnswer *answer)
 	AnswerClass kind = classify(answer);
 
 	apply_rule(rules[kind][answer->call], answer, &decision);
+	decision.open = leaves_open(kind, answer);
 
 	/* "at once" is no answer to a limit: then our own back-off is better */
 	if (decision.action == DELIVERY_THROTTLE &&

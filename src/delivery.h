@@ -16,6 +16,8 @@ typedef enum DeliveryCall
 	DELIVERY_LIST				/* GET of the job list */
 } DeliveryCall;
 
+#define DELIVERY_CALLS (DELIVERY_LIST + 1)
+
 typedef enum DeliveryTransport
 {
 	DELIVERY_ANSWERED,			/* a complete HTTP answer */
@@ -33,7 +35,8 @@ typedef struct DeliveryAnswer
 	int			retry_after;	/* seconds, -1 if not given; obeyed for an hour
 								 * at most, ignored beyond a day */
 	bool		understood;		/* 2xx whose body says what it must */
-	bool		others_succeed; /* the lane has succeeded since this began */
+	bool		others_succeed; /* since this began, or has failed */
+	bool		again;			/* it has failed before */
 	int			records;		/* in the body */
 	int			attempts;		/* of this entity or job, this one included */
 	int			max_attempts;
@@ -58,6 +61,7 @@ typedef struct DeliveryDecision
 	DeliveryAction action;
 	bool		counts;			/* the attempt stands; never for LEARN */
 	bool		refused;		/* DEAD for what it says, so the lane is well */
+	bool		open;			/* the body may have been applied all the same */
 	bool		wait_given;		/* obey wait_ms; else the caller's back-off */
 	int64		wait_ms;
 } DeliveryDecision;

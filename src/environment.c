@@ -86,6 +86,8 @@ watch_catalogs(void)
 	CacheRegisterSyscacheCallback(FOREIGNSERVEROID, catalog_changed, (Datum) 0);
 	CacheRegisterSyscacheCallback(AUTHOID, catalog_changed, (Datum) 0);
 	CacheRegisterSyscacheCallback(AUTHMEMROLEMEM, catalog_changed, (Datum) 0);
+	/* its owner is in pg_database_owner */
+	CacheRegisterSyscacheCallback(DATABASEOID, catalog_changed, (Datum) 0);
 }
 
 bool

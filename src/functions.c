@@ -151,6 +151,19 @@ userpilot_kind(PG_FUNCTION_ARGS)
 	PG_RETURN_TEXT_P(check_kind(PG_GETARG_TEXT_PP(0)));
 }
 
+/* What the worker has done is to be seen */
+static void
+refuse_old_snapshot(const char *function)
+{
+	if (IsolationUsesXactSnapshot())
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+				 errmsg("%s cannot be called in a repeatable read or serializable transaction",
+						function),
+				 errdetail("Its snapshot may not see what has been sent meanwhile."),
+				 errhint("Call it in a transaction of its own, READ COMMITTED.")));
+}
+
 /*
  * userpilot_invalidate(server, kind, id, since) returns bigint: profiles that
  * are no longer believed.
@@ -166,6 +179,7 @@ userpilot_invalidate(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("server must not be null")));
+	refuse_old_snapshot("userpilot_invalidate()");
 	server = text_to_cstring(PG_GETARG_TEXT_PP(0));
 	(void) environment_owned(server);
 	if (!PG_ARGISNULL(1))
@@ -193,6 +207,7 @@ userpilot_cancel(PG_FUNCTION_ARGS)
 	bool		found;
 	uint64		n;
 
+	refuse_old_snapshot("userpilot_cancel()");
 	sql_become_owner(&caller);
 	found = queue_batch_find(batch, &server, &by);
 	sql_become_caller(&caller);

@@ -264,9 +264,6 @@ userpilot_launcher_main(Datum arg)
 	{
 		long		timeout;
 
-		notice_ends();
-		timeout = start_wanted();
-		nap(timeout);
 		if (ConfigReloadPending)
 		{
 			bool		delivered = userpilot_deliver;
@@ -276,6 +273,9 @@ userpilot_launcher_main(Datum arg)
 			if (userpilot_deliver && !delivered)
 				visit_all();
 		}
+		notice_ends();
+		timeout = start_wanted();
+		nap(timeout);
 	}
 }
 

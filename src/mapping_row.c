@@ -9,6 +9,7 @@
  */
 #include "postgres.h"
 
+#include "access/detoast.h"
 #include "catalog/pg_type.h"
 #include "common/shortest_dec.h"
 #include "miscadmin.h"
@@ -25,6 +26,10 @@
 #include "change.h"
 #include "compat.h"
 #include "mapping.h"
+#include "userpilot.h"
+
+/* Stored so, no value comes to a text that Userpilot takes */
+#define HUGE_BYTES (64 * 1024 * 1024)
 
 static bool
 differs(TupleTableSlot *before, TupleTableSlot *after, AttrNumber attnum)
@@ -128,7 +133,8 @@ scalar_value(const MappingColumn *column, Datum d, JsonbValue *value)
 											 column->type == TIMESTAMPTZOID ? &utc : NULL));
 			break;
 		case CONVERT_TEXT:
-			string_value(value, VARDATA_ANY(DatumGetTextPP(d)), VARSIZE_ANY_EXHDR(DatumGetTextPP(d)));
+			str = (char *) DatumGetTextPP(d);
+			string_value(value, VARDATA_ANY(str), VARSIZE_ANY_EXHDR(str));
 			return;
 		case CONVERT_JSON:
 		case CONVERT_OUTPUT:
@@ -281,7 +287,16 @@ pin_output_settings(bool names)
 	return level;
 }
 
-/* What cannot be JSON is left out and complained of, else *complaint is NULL */
+/* As text it may not even fit into PostgreSQL's memory */
+static bool
+is_huge(const MappingColumn *column, TupleTableSlot *row, Datum d)
+{
+	return TupleDescAttr(row->tts_tupleDescriptor, column->attnum - 1)->attlen == -1 &&
+		toast_raw_datum_size(d) > HUGE_BYTES;
+}
+
+/* What cannot be JSON, or is huge, is left out and complained of, else *complaint
+ * is NULL */
 static Jsonb *
 row_metadata(const Mapping *mapping, bool flatten, TupleTableSlot *before,
 			 TupleTableSlot *row, char **complaint)
@@ -312,6 +327,12 @@ row_metadata(const Mapping *mapping, bool flatten, TupleTableSlot *before,
 			continue;
 		}
 		d = slot_getattr(row, column->attnum, &isnull);
+		if (!isnull && is_huge(column, row, d))
+		{
+			*complaint = psprintf("metadata.\"%s\" is longer than %d characters",
+								  column->property, USERPILOT_MAX_VALUE_CHARS);
+			continue;
+		}
 		if (!isnull)
 			scalar_value(column, d, &value);
 		push(&state, column->property, strlen(column->property), &value);

@@ -50,11 +50,12 @@ wait_event(void)
 static void
 refuse_hopeless_wait(void)
 {
-	if (queue_in_transaction())
+	/* they may be what would be waited for, and are not for us to commit */
+	if (queue_in_transaction() || TransactionIdIsValid(GetTopTransactionIdIfAny()))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("this transaction has queued changes that are not committed"),
-				 errdetail("They can only be delivered after it commits."),
+				 errmsg("this transaction has made changes that are not committed"),
+				 errdetail("What it has queued can only be delivered after it commits."),
 				 errhint("COMMIT first, then CALL userpilot_wait().")));
 	if (IsolationUsesXactSnapshot())
 		ereport(ERROR,
@@ -262,7 +263,8 @@ userpilot_check(PG_FUNCTION_ARGS)
 	Environment *env;
 	const char *disabled;
 
-	if (call == NULL || !IsA(call, CallContext) || call->atomic)
+	if (call == NULL || !IsA(call, CallContext) || call->atomic ||
+		TransactionIdIsValid(GetTopTransactionIdIfAny()))
 		ereport(ERROR,
 				(errcode(ERRCODE_ACTIVE_SQL_TRANSACTION),
 				 errmsg("userpilot_check() cannot run inside a transaction block"),

@@ -152,8 +152,7 @@ transaction_callback(XactEvent event, void *arg)
 		case XACT_EVENT_COMMIT:
 		case XACT_EVENT_PARALLEL_COMMIT:
 		case XACT_EVENT_PREPARE:
-			/* of a prepared transaction the worker must know, to watch it */
-			state_commit();
+			state_commit(event == XACT_EVENT_PREPARE);
 			break;
 		case XACT_EVENT_ABORT:
 		case XACT_EVENT_PARALLEL_ABORT:

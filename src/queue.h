@@ -170,7 +170,7 @@ extern bool queue_has_rows(const char *server, bool bulk_only);
 /* Whether anything is queued that a snapshot (pg_snapshot) saw committed */
 extern bool queue_pending_before(Datum snapshot);
 
-/* Whether a prepared transaction holds rows of the queue */
-extern bool queue_prepared_pending(void);
+/* Which prepared transactions hold rows of the queue, as a hash; 0: none */
+extern int64 queue_prepared(void);
 
 #endif

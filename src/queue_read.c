@@ -491,17 +491,20 @@ queue_has_rows(const char *server, bool bulk_only)
  * A prepared transaction keeps its locks but has no process.  Nobody tells
  * the worker when it is decided, so it has to keep looking.
  */
-bool
-queue_prepared_pending(void)
+int64
+queue_prepared(void)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"SELECT FROM pg_catalog.pg_locks WHERE pid IS NULL AND locktype = 'relation'"
+		"SELECT pg_catalog.hashtextextended(pg_catalog.string_agg(virtualtransaction, ' '"
+		" ORDER BY virtualtransaction), 0)"
+		" FROM pg_catalog.pg_locks WHERE pid IS NULL AND locktype = 'relation'"
 		" AND relation = $1 AND mode = 'RowExclusiveLock' AND granted"
 		" AND database = (SELECT oid FROM pg_catalog.pg_database"
-		"  WHERE datname = pg_catalog.current_database()) LIMIT 1", 1, {OIDOID});
+		"  WHERE datname = pg_catalog.current_database())", 1, {OIDOID});
 	Datum		args[1] = {ObjectIdGetDatum(sql_relid("userpilot_queue"))};
 
-	return sql_execute(&statement, args, NULL, true) > 0;
+	(void) sql_execute(&statement, args, NULL, true);
+	return sql_int64(1, 0);
 }
 
 /* Run in people's sessions: operators are named in full */

@@ -23,6 +23,9 @@
 #define BIN_MS 500
 #define BINS (60 * 1000 / BIN_MS + 1)
 
+/* Records: more applications than this within a minute are not to be expected */
+#define MIN_APPLICATIONS 64
+
 /* A worker that waits for the slot asks again within so long (API ms) */
 #define WAITER_MS 5000
 
@@ -74,14 +77,19 @@ typedef struct Held
 	int			in_flight;
 } Held;
 
-static Held held[64];
-static int	nheld = 0;
+static Held held[64];			/* where nothing is in flight, free */
+
+static int
+max_applications(void)
+{
+	return Max(userpilot_max_databases, MIN_APPLICATIONS);
+}
 
 Size
 quota_size(void)
 {
 	return MAXALIGN(add_size(offsetof(QuotaShared, applications),
-							 mul_size(userpilot_max_databases, sizeof(Application))));
+							 mul_size(max_applications(), sizeof(Application))));
 }
 
 /* With AddinShmemInitLock held */
@@ -96,7 +104,7 @@ quota_startup(void)
 	memset(shared, 0, quota_size());
 	shared->lock = &(GetNamedLWLockTranche(QUOTA_TRANCHE))->lock;
 	shared->closed_until = clock_now() + CLOSED_MS;
-	shared->n = userpilot_max_databases;
+	shared->n = max_applications();
 }
 
 /*
@@ -109,49 +117,6 @@ quota_open(void)
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	shared->closed_until = 0;
 	LWLockRelease(shared->lock);
-}
-
-/* The application's record; the least recently used one gives way */
-static Application *
-application_find(uint64 id)
-{
-	Application *oldest = NULL;
-
-	for (int i = 0; i < shared->n; i++)
-	{
-		Application *app = &shared->applications[i];
-
-		if (app->id == id)
-			return app;
-		if (app->in_flight == 0 && app->job_holder == 0 &&
-			(oldest == NULL || app->used_at < oldest->used_at))
-			oldest = app;
-	}
-	if (oldest != NULL)
-	{
-		memset(oldest, 0, sizeof(*oldest));
-		oldest->id = id;
-		oldest->used_at = clock_now();	/* not before those that are free */
-	}
-	return oldest;
-}
-
-static void
-held_add(uint64 application, int calls)
-{
-	for (int i = 0; i < nheld; i++)
-	{
-		if (held[i].application == application)
-		{
-			held[i].in_flight = Max(held[i].in_flight + calls, 0);
-			return;
-		}
-	}
-	if (nheld < (int) lengthof(held))
-	{
-		held[nheld].application = application;
-		held[nheld++].in_flight = calls;
-	}
 }
 
 /* Forgets what ended more than a minute ago; returns what counts still */
@@ -170,6 +135,57 @@ calls_counted(Application *app, int64 now)
 	for (int i = 0; i < BINS; i++)
 		n += app->ended[i];
 	return n;
+}
+
+/*
+ * The application's record.  The least recently used one gives way, if nothing
+ * of it counts any more; NULL: there is none.
+ */
+static Application *
+application_find(uint64 id)
+{
+	Application *oldest = NULL;
+	int64		now = clock_now();
+
+	for (int i = 0; i < shared->n; i++)
+	{
+		Application *app = &shared->applications[i];
+
+		if (app->id == id)
+			return app;
+		if (app->job_holder == 0 && (oldest == NULL || app->used_at < oldest->used_at) &&
+			(app->id == 0 || calls_counted(app, now) == 0))
+			oldest = app;
+	}
+	if (oldest != NULL)
+	{
+		memset(oldest, 0, sizeof(*oldest));
+		oldest->id = id;
+		oldest->used_at = now;	/* not before those that are free */
+	}
+	return oldest;
+}
+
+static void
+held_add(uint64 application, int calls)
+{
+	for (int i = 0; i < (int) lengthof(held); i++)
+	{
+		if (held[i].application == application)
+		{
+			held[i].in_flight = Max(held[i].in_flight + calls, 0);
+			return;
+		}
+	}
+	for (int i = 0; i < (int) lengthof(held); i++)
+	{
+		if (held[i].in_flight == 0)
+		{
+			held[i].application = application;
+			held[i].in_flight = calls;
+			return;
+		}
+	}
 }
 
 /*
@@ -294,35 +310,39 @@ quota_job_slot_take(uint64 application, Oid server, int64 now)
 		app->job_waiting = now;
 	}
 	LWLockRelease(shared->lock);
-	held_add(application, 0);
 	return mine;
 }
 
-void
-quota_job_slot_release(uint64 application, Oid server)
+/* server: InvalidOid for all; application: 0 for all */
+static void
+release_slots(uint64 application, Oid server)
 {
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	for (int i = 0; i < shared->n; i++)
 	{
 		Application *app = &shared->applications[i];
 
-		if (app->id == application && app->job_holder == MyProcPid &&
-			(app->job_server == server || !OidIsValid(server)))
+		if (app->job_holder == MyProcPid && (application == 0 || app->id == application) &&
+			(!OidIsValid(server) || app->job_server == server))
 			app->job_holder = 0;
 	}
 	LWLockRelease(shared->lock);
+}
+
+void
+quota_job_slot_release(uint64 application, Oid server)
+{
+	release_slots(application, server);
 }
 
 /* Everything this process holds, whatever ends it */
 void
 quota_give_back(void)
 {
-	for (int i = 0; i < nheld; i++)
-	{
+	for (int i = 0; i < (int) lengthof(held); i++)
 		if (held[i].in_flight > 0)
 			quota_calls_ended(held[i].application, held[i].in_flight, clock_now());
-		quota_job_slot_release(held[i].application, InvalidOid);
-	}
+	release_slots(0, InvalidOid);
 }
 
 /* Whether someone else than this server waits for the slot */

@@ -76,7 +76,11 @@ realtime_add_solo(Sender *sender, QueueRow **rows, int n, bool helped)
 
 /* ------------------------------------------------------------- the look */
 
-/* Forget what waits and read all: rows came back that no look can see */
+/*
+ * Forget what waits and read all: rows came back that no look can see.  Those
+ * that have failed, or were sent beside an overdue job, keep what is known of
+ * that, and whether their rows still stand is seen before they go.
+ */
 void
 realtime_reset_look(Sender *sender)
 {
@@ -89,7 +93,8 @@ realtime_reset_look(Sender *sender)
 		{
 			Pending    *pending = dlist_container(Pending, node, iter.cur);
 
-			if (!pending->solo || pending->helped)
+			if (pending->failed_at == 0 && pending->nprovisional == 0 &&
+				(!pending->solo || pending->helped))
 				pending_free(rt, pending);
 		}
 	}
@@ -240,10 +245,11 @@ pay_for_solos(Sender *sender, int n, int64 now)
 	rt->solo_at = rt->solo_since + interval;
 }
 
-/* Takes up to max entities that may go, out of one list, while *bytes last */
+/* Takes up to max entities that may go, out of one list, while *bytes last;
+ * unfailed: only of those that have not failed */
 static int
-choose_from(Sender *sender, PendingList list, Pending **chosen, int max, int64 *bytes,
-			int64 now)
+choose_from(Sender *sender, PendingList list, bool unfailed, Pending **chosen, int max,
+			int64 *bytes, int64 now)
 {
 	dlist_mutable_iter iter;
 	int			n = 0;
@@ -254,6 +260,8 @@ choose_from(Sender *sender, PendingList list, Pending **chosen, int max, int64 *
 
 		if (n == max || *bytes <= 0)
 			break;
+		if (unfailed && pending->failed_at != 0)
+			continue;
 		if (held(sender, pending, now))
 			pending_wait(&sender->rt, pending, now + HELD_MS);
 		else
@@ -285,16 +293,22 @@ choose(Sender *sender, Pending **chosen, int max, int64 now)
 	solos = solos_paid_for(sender, now);
 	if (solos == 0)				/* the limit may be lower than it was */
 		sender->rt.solo_at = Max(sender->rt.solo_at, now + SOLO_INTERVAL_MS);
-	if (sender->rt.lane.outages > 0 &&
-		first_failed_at(&sender->rt, WAITING_FRESH) > first_failed_at(&sender->rt, WAITING_SOLO))
+	/* the one probe is not always to be the one that the trouble is about */
+	if (sender->paused)
 	{
-		/* the one probe is not always to be the one that the trouble is about */
-		n = choose_from(sender, WAITING_SOLO, chosen, Min(max, solos), &bytes, now);
+		n = choose_from(sender, WAITING_FRESH, true, chosen, max, &bytes, now);
 		if (n > 0)
 			return n;
 	}
-	n = choose_from(sender, WAITING_FRESH, chosen, max, &bytes, now);
-	return n + choose_from(sender, WAITING_SOLO, chosen + n, Min(max - n, solos), &bytes, now);
+	if ((sender->paused || sender->rt.lane.outages > 0) &&
+		first_failed_at(&sender->rt, WAITING_FRESH) > first_failed_at(&sender->rt, WAITING_SOLO))
+	{
+		n = choose_from(sender, WAITING_SOLO, false, chosen, Min(max, solos), &bytes, now);
+		if (n > 0)
+			return n;
+	}
+	n = choose_from(sender, WAITING_FRESH, false, chosen, max, &bytes, now);
+	return n + choose_from(sender, WAITING_SOLO, false, chosen + n, Min(max - n, solos), &bytes, now);
 }
 
 /* What has waited may have been cancelled meanwhile, or deleted by hand */

@@ -90,6 +90,7 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 
 	answer.records = 1;
 	answer.attempts = profile->attempts;
+	answer.again = pending->failed_at != 0;
 	answer.others_succeed = rt->lane.last_success >
 		(pending->failed_at ? pending->failed_at : pending->started_at);
 	decision = delivery_decide(&answer);

@@ -12,10 +12,12 @@
 #include "api.h"
 #include "clock.h"
 #include "history.h"
+#include "ledger.h"
 #include "sender.h"
 
-/* A paused server is probed so rarely (API ms) */
-#define PAUSED_PROBE_MS (15 * 60 * 1000)
+/* A paused server is probed after so long, then more and more rarely (API ms) */
+#define PAUSED_PROBE_MS (60 * 1000)
+#define PAUSED_PROBE_MAX_MS (15 * 60 * 1000)
 
 /* Progress is written at most so often (real ms), unless the state changes */
 #define REPORT_MS 1000
@@ -47,6 +49,32 @@ sender_destroy(Sender *sender)
 	MemoryContextDelete(sender->context);
 }
 
+/* Ready entities wait for a connection, and each call ends with its timeout;
+ * one more for a call's own time */
+int64
+sender_call_delay(const Environment *env)
+{
+	return clock_api_ms((int64) env->target.timeout_ms *
+						(REALTIME_READY_PER_CONNECTION + 1));
+}
+
+/*
+ * What has been called before a crash, or with another key, which may be of the
+ * same application.
+ */
+static void
+count_recent_calls(const Sender *sender, const Environment *env)
+{
+	int			calls;
+
+	if (env->fingerprint == 0 ||
+		(sender->env != NULL && sender->env->fingerprint == env->fingerprint))
+		return;
+	calls = ledger_recent_calls(env->server, sender_call_delay(env));
+	quota_calls_seed(env->fingerprint, sender->serverid, Min(calls, env->requests_per_minute),
+					 clock_now());
+}
+
 /*
  * Calls in flight hold copies of what they need, so the old environment can
  * go.  A paused server comes back when endpoint or key have changed.  What is
@@ -71,10 +99,13 @@ sender_reload(Sender *sender)
 	if (sender->paused && env->problem == NULL && env->fingerprint != sender->paused_fingerprint)
 	{
 		sender->paused = false;
+		sender->pauses = 0;
+		sender->paused_probe_at = 0;
 		sender->rt.lane.not_before = sender->bulk.lane.not_before = 0;
 		ereport(LOG, (errmsg("userpilot: server \"%s\" resumes: its key or endpoint has changed",
 							 env->server)));
 	}
+	count_recent_calls(sender, env);
 	reshaped = sender->env != NULL && !shape_excludes_same(&sender->env->shape, &env->shape);
 	rekeyed = sender->env != NULL && (env->problem != NULL ||
 									  env->fingerprint != sender->env->fingerprint);
@@ -94,15 +125,6 @@ sender_may_send(const Sender *sender)
 	if (sender->stale || sender->env == NULL || sender->env->problem != NULL)
 		return false;
 	return !sender->paused || clock_now() >= sender->paused_probe_at;
-}
-
-/* Ready entities wait for a connection, and each call ends with its timeout;
- * one more for a call's own time */
-int64
-sender_call_delay(const Sender *sender)
-{
-	return clock_api_ms((int64) sender->env->target.timeout_ms *
-						(REALTIME_READY_PER_CONNECTION + 1));
 }
 
 bool
@@ -132,7 +154,13 @@ pause_sender(Sender *sender, const char *reason)
 				 errhint("Use the API key of the right region, not the App Token; delivery resumes when user mapping or key file change.")));
 	sender->paused = true;
 	sender->paused_fingerprint = sender->env->fingerprint;
-	sender->paused_probe_at = clock_now() + PAUSED_PROBE_MS;
+	/* calls that were under way together are refused together */
+	if (clock_now() >= sender->paused_probe_at)
+	{
+		sender->paused_probe_at = clock_now() +
+			Min((int64) PAUSED_PROBE_MS << Min(sender->pauses, 4), PAUSED_PROBE_MAX_MS);
+		sender->pauses++;
+	}
 	keep_text(sender->pause_reason, sizeof(sender->pause_reason), reason);
 }
 
@@ -200,6 +228,8 @@ lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 			if (sender->paused)
 				ereport(LOG, (errmsg("userpilot: server \"%s\" resumes", sender->env->server)));
 			sender->paused = false;
+			sender->pauses = 0;
+			sender->paused_probe_at = 0;
 			break;
 		case DELIVERY_THROTTLE:
 			/* calls made before the first refusal say no more than it did */
@@ -248,8 +278,8 @@ sender_answer(const Sender *sender, DeliveryCall call, const HttpResult *result)
 			break;
 		case HTTP_LOST:
 			answer.transport = result->dropped ? DELIVERY_DROPPED : DELIVERY_LOST;
-			/* a list that grows for ever is no outage */
-			if (call == DELIVERY_LIST && result->too_long)
+			/* an answer that never ends is no outage */
+			if ((call == DELIVERY_LIST || call == DELIVERY_POLL) && result->too_long)
 			{
 				answer.transport = DELIVERY_ANSWERED;
 				answer.status = 200;

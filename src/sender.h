@@ -152,7 +152,7 @@ typedef struct Bulk
 	int64		unknown_looks;	/* lists seen without the job, in a row */
 	int			lost;			/* submissions without a proper answer, in a row */
 	int64		lost_since;		/* start of the first of them */
-	int			conflicts;		/* 409s in a row */
+	int			conflicts;		/* refusals for the moment, in a row */
 	bool		in_doubt;		/* a submission of the job may have arrived */
 	bool		bind_anew;		/* its body is not to be submitted again */
 	bool		said_over;		/* by the list, which does not say how it ended */
@@ -164,6 +164,8 @@ typedef struct Bulk
 	int64	   *gone;			/* rows that have left, less what was reported */
 	bool		any_gone;
 	int64		call_started;
+	int64		failed_since[DELIVERY_CALLS];	/* start of the first call that
+												 * failed in a row, 0: none */
 	int			last_completed; /* records of the running job, as polled */
 } Bulk;
 
@@ -178,6 +180,7 @@ typedef struct Sender
 	bool		paused;			/* key refused */
 	uint64		paused_fingerprint;
 	int64		paused_probe_at;
+	int			pauses;			/* in a row */
 	Realtime	rt;
 	Bulk		bulk;
 
@@ -206,7 +209,7 @@ extern bool sender_may_send(const Sender *sender);
  * committed after userpilot_disable() must not leave */
 extern bool sender_still_enabled(Sender *sender);
 /* How long after its mark a body may leave at most (API ms) */
-extern int64 sender_call_delay(const Sender *sender);
+extern int64 sender_call_delay(const Environment *env);
 extern void sender_error(Sender *sender, const char *error);
 extern void sender_delivered(Sender *sender, int64 records);
 extern bool sender_has_work(const Sender *sender);

@@ -139,6 +139,7 @@ state_slot_find(Oid database, bool create)
 		slot->starting = false;
 		slot->wanted = false;
 		slot->read_all = false;
+		slot->prepared = false;
 		slot->worker_pid = 0;
 		slot->worker_latch = NULL;
 		slot->left_cleanly = true;
@@ -236,9 +237,10 @@ state_forget(void)
 	claimed = NULL;
 }
 
-/* After commit: raise the counter, set whose latch it is.  Cannot fail. */
+/* After commit, or PREPARE: raise the counter, set whose latch it is.  Cannot
+ * fail. */
 void
-state_commit(void)
+state_commit(bool prepared)
 {
 	Latch	   *latch;
 	int64		now;
@@ -253,6 +255,7 @@ state_commit(void)
 	state_my_slot->changes++;
 	state_my_slot->bulk_changes += commit_has_bulk || commit_reads_all;
 	state_my_slot->read_all |= commit_reads_all;
+	state_my_slot->prepared |= prepared;
 	latch = state_my_slot->worker_latch;
 	if (latch == NULL && now < state_my_slot->unserved_until && !commit_reads_all)
 	{

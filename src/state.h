@@ -14,6 +14,8 @@ typedef struct StateWake
 	uint64		changes;		/* commits that queued something, ever */
 	uint64		bulk_changes;	/* ... that queued for the bulk lane */
 	bool		read_all;		/* someone moved rows the look cannot see */
+	bool		prepared;		/* a transaction was prepared: nobody will tell
+								 * when it is decided */
 } StateWake;
 
 extern void state_register(void);	/* hooks, from _PG_init */
@@ -23,12 +25,12 @@ extern bool state_available(void);	/* preloaded? */
 extern void state_note_commit_wake(void);	/* in the transaction; may warn */
 extern void state_note_read_all(void);	/* ... and look at everything */
 extern void state_note_bulk(void);	/* ... there is something to sweep */
-extern void state_commit(void); /* from the transaction callback */
+extern void state_commit(bool prepared);	/* from the transaction callback */
 extern void state_forget(void); /* transaction ended without */
 
 /* Worker */
 extern void state_worker_attach(void);
-extern StateWake state_worker_wake(void);	/* reads, and clears read_all */
+extern StateWake state_worker_wake(void);	/* reads, and clears what is bool */
 extern bool state_worker_leave(uint64 seen_changes, int64 due_at);
 extern bool state_worker_leave_unserved(int64 until);
 extern void state_worker_retreat(int64 due_at);

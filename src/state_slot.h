@@ -18,6 +18,7 @@ typedef struct StateSlot
 	uint64		changes;
 	uint64		bulk_changes;
 	bool		read_all;
+	bool		prepared;
 	int			claims;			/* transactions that will wake its worker */
 	bool		wanted;			/* a worker should be started */
 	bool		starting;		/* ... and has been asked for */

@@ -84,7 +84,8 @@ state_worker_wake(void)
 	wake.changes = state_my_slot->changes;
 	wake.bulk_changes = state_my_slot->bulk_changes;
 	wake.read_all = state_my_slot->read_all;
-	state_my_slot->read_all = false;
+	wake.prepared = state_my_slot->prepared;
+	state_my_slot->read_all = state_my_slot->prepared = false;
 	SpinLockRelease(&state_my_slot->mutex);
 	return wake;
 }

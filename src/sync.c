@@ -201,6 +201,8 @@ sync_trigger(Relation rel, const Trigger *trigger, UserpilotKind kind, IntakeCou
 	FreeExecutorState(pass.estate);
 	AtEOXact_GUC(false, level);
 	SetUserIdAndSecContext(user, sec_context);
+	/* what is queued is seen by the next one, which may then leave out rows */
+	CommandCounterIncrement();
 
 	sum->rows += pass.counts.rows;
 	sum->fresh += pass.counts.fresh;

@@ -55,6 +55,9 @@
 /* While no server is enabled, changes bring a worker only so often (real ms) */
 #define UNSERVED_MS (10 * 1000)
 
+/* One may have been prepared, and decided, since the tables were asked */
+#define PREPARED_UNKNOWN (-1)
+
 /* Old history is deleted so often (API ms) */
 #define PRUNE_MS (10 * 60 * 1000)
 
@@ -69,7 +72,7 @@ static Sender **senders = NULL;
 static int	nsenders = 0;
 static uint64 seen_changes = 0;
 static uint64 seen_bulk_changes = 0;
-static bool prepared_pending = false;
+static int64 prepared = 0;		/* queue_prepared() */
 static bool look_at_all = true; /* the next look reads everything */
 static bool options_changed = false;	/* of any server or user mapping */
 
@@ -170,7 +173,6 @@ static void
 add_sender(Oid serverid)
 {
 	Sender	   *sender = sender_create(TopMemoryContext, serverid, http);
-	int			calls;
 
 	if (!sender_reload(sender))
 	{
@@ -178,9 +180,6 @@ add_sender(Oid serverid)
 		return;
 	}
 	bulk_recover(sender);
-	calls = ledger_recent_calls(sender->env->server, sender_call_delay(sender));
-	quota_calls_seed(sender->env->fingerprint, serverid,
-					 Min(calls, sender->env->requests_per_minute), clock_now());
 	senders = senders ? repalloc(senders, (nsenders + 1) * sizeof(Sender *)) :
 		MemoryContextAlloc(TopMemoryContext, sizeof(Sender *));
 	senders[nsenders++] = sender;
@@ -357,16 +356,15 @@ step_sender(Sender *sender)
 static void
 step_watch(void)
 {
-	bool		pending;
+	int64		before = prepared;
 
 	begin_step();
-	pending = queue_prepared_pending();
+	prepared = queue_prepared();
 	for (int i = 0; i < nsenders; i++)
-		ledger_prune(senders[i]->env->server, sender_call_delay(senders[i]));
+		ledger_prune(senders[i]->env->server, sender_call_delay(senders[i]->env));
 	step_end(false);
-	/* one was decided: its rows are no news to any look */
-	look_at_all |= prepared_pending;
-	prepared_pending = pending;
+	/* one was decided, perhaps, with rows that no look can see */
+	look_at_all |= prepared != before;
 }
 
 static void
@@ -383,7 +381,7 @@ any_work(void)
 	for (int i = 0; i < nsenders; i++)
 		if (sender_has_work(senders[i]) || in_flight(senders[i]))
 			return true;
-	return prepared_pending;
+	return prepared != 0;
 }
 
 /*
@@ -521,6 +519,8 @@ serve(void)
 		bool		did = false;
 
 		CHECK_FOR_INTERRUPTS();
+		if (wake.prepared)
+			prepared = PREPARED_UNKNOWN;
 		if (ConfigReloadPending)
 		{
 			ConfigReloadPending = false;
@@ -535,7 +535,7 @@ serve(void)
 			watch_at = clock_now() + clock_api_ms(WATCH_MS);
 		}
 
-		if (nsenders == 0 && !prepared_pending && !wake.read_all)
+		if (nsenders == 0 && prepared == 0 && !wake.read_all)
 		{
 			note_progress();
 			if (state_worker_leave_unserved(clock_now() + clock_api_ms(UNSERVED_MS)))
@@ -560,9 +560,9 @@ serve(void)
 		{
 			load_senders();
 			step_watch();
-			if (prepared_pending || look_at_all || (nsenders > 0 && anything_left()))
+			if (prepared != 0 || look_at_all || (nsenders > 0 && anything_left()))
 			{
-				look_at_all = !prepared_pending;
+				look_at_all |= prepared == 0;
 				busy_at = clock_now();
 				first = false;
 				continue;

@@ -332,6 +332,13 @@ RESET ROLE;
 SELECT entity, metadata, bulk FROM took();
 SELECT userpilot_cancel(NULL);
 SELECT userpilot_cancel(-1);
+-- not with a snapshot that does not see what has been sent meanwhile
+BEGIN ISOLATION LEVEL REPEATABLE READ;
+SELECT userpilot_cancel(1);
+ROLLBACK;
+BEGIN ISOLATION LEVEL SERIALIZABLE;
+SELECT userpilot_invalidate('userpilot');
+ROLLBACK;
 -- the server's owner may, too
 SELECT userpilot_bulk_identify_companies('k9', '{"a": 1}');
 SELECT userpilot_cancel((SELECT max(id) FROM userpilot_batches));

@@ -262,7 +262,7 @@ no_violations($second, 'second server');
 
 ($rc, undef, $err) = $node->psql('postgres', q{BEGIN;
 	SELECT userpilot_identify_company('w', '{}'); CALL userpilot_wait('1 s');});
-like($err, qr/this transaction has queued changes that are not committed/,
+like($err, qr/this transaction has made changes that are not committed/,
 	'wait refuses a transaction that has queued');
 ($rc, undef, $err) = $node->psql('postgres',
 	q{BEGIN ISOLATION LEVEL REPEATABLE READ; CALL userpilot_wait('1 s');});
@@ -373,6 +373,17 @@ sql(q{ROLLBACK PREPARED 'no'});
 deliver(q{COMMIT PREPARED 'yes'});
 ok(company('prepared yes'), 'COMMIT PREPARED is delivered');
 is(company('prepared no'), undef, 'ROLLBACK PREPARED is not');
+
+# Nobody tells the worker when: decided as soon as it is prepared, its bulk rows
+# are found although there is never a quiet minute
+sql(q{BEGIN; SELECT userpilot_bulk_identify_companies('at once ' || i, '{}') FROM generate_series(1, 3) i;
+	PREPARE TRANSACTION 'at once'; COMMIT PREPARED 'at once'});
+my $beat = 0;
+until_true('they come', sub {
+	sql(q{SELECT userpilot_identify_company('beat', jsonb_build_object('n', } . ++$beat . '))');
+	return defined company('at once 3');
+});
+ok($beat, 'what is decided at once is delivered beside other changes');
 
 $node->restart;
 is(company('prepared later'), undef, 'what is prepared survives a restart undelivered');

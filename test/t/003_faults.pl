@@ -84,6 +84,24 @@ delivered($node, 'postgres');
 is(sql('SELECT entity_id, http_status, attempts FROM userpilot_dead_letters'),
 	'7|500|4', 'trouble with one record ends after max_attempts');
 
+# ... and so does 403 to one record, which a firewall may say of its body
+$api->no_faults;
+sql('SELECT userpilot_retry()');
+delivered($node, 'postgres');
+$api->fault({ status => 403, body => '<html>Blocked</html>' },
+	match => { path => identify_path(), body => '"company_id":"7"' }, times => undef);
+change('realtime');
+until_true(
+	'company 7 is given up',
+	sub {
+		sql('UPDATE accounts SET version = version + 1 WHERE id = 1');
+		return dead_letters($node, 'postgres') > 0;
+	});
+delivered($node, 'postgres');
+is(sql('SELECT entity_id, http_status, attempts FROM userpilot_dead_letters'),
+	'7|403|4', '403 to one record does not stop the others, and ends likewise');
+like(outcomes($node, 'postgres', identify_path()), qr/paused/, '... though at first it may be about the key');
+
 # A newer change of it goes out by itself, and an older one does not undo it
 $api->no_faults;
 sql('UPDATE accounts SET version = version + 1 WHERE id = 7');
@@ -96,7 +114,9 @@ is(dead_letters($node, 'postgres'), 0, '... and is gone');
 
 # --- polling a job, and the list of jobs ---
 
-my %of_get = (%always, 'garbage' => qr/back-off/, 'a page of HTML' => qr/back-off/);
+# While other calls succeed nobody waits for a list that is not to be had
+my %of_get = (%always, 'garbage' => qr/back-off/, 'a page of HTML' => qr/back-off/,
+	map { $_ => qr/acknowledged|back-off/ } 'closed before', 'closed after');
 
 foreach my $path ('^/v1/background_jobs/', '^/v1/background_jobs$')
 {

@@ -233,6 +233,55 @@ all_there('after a foreign job');
 is(sql('SELECT count(*) FROM userpilot_jobs WHERE error IS NOT NULL AND finished_at > now() - $$1 s$$::interval'),
 	0, '... which is no error');
 
+# --- refused for the moment, or so it seems ---
+
+# A firewall that dislikes one body says 403, as if it were about the key
+my $disliked = '"company_id":"9"';
+$api->fault({ status => 403 }, match => { path => $_, body => $disliked }, times => undef)
+  foreach bulk_path(), identify_path();
+forget($node, 'postgres', 'requests', 'jobs');
+change('bulk');
+until_true(
+	'the record is found',
+	sub {
+		sql('UPDATE accounts SET version = version + 1 WHERE id = 31');
+		return dead_letters($node, 'postgres') > 0;
+	});
+delivered($node, 'postgres');
+is(sql('SELECT DISTINCT entity_id FROM userpilot_dead_letters'), '9', '403 to a job: one record dies of it');
+like(jobs_said(), qr/^(refused \d+, )+dissolved \d+$/, '... as the others went one by one');
+$api->no_faults;
+sql('SELECT userpilot_retry()');
+delivered($node, 'postgres');
+all_there('... and all is well when it is taken');
+
+# 429 for hours: what the job would hold up goes by other ways
+$api->fault({ status => 429, headers => { 'Retry-After' => '1800' } }, match => { path => bulk_path() }, times => undef);
+change('bulk');
+until_true('the job is refused', sub { return $api->fault_hits > 0 });
+sql('UPDATE accounts SET version = version + 1 WHERE id = 30');
+until_true(
+	'a newer change leaves',
+	sub {
+		return $api->entity('companies', '30')->{metadata}{version} ==
+		  sql('SELECT version FROM accounts WHERE id = 30');
+	});
+ok(defined $api->entity('companies', '30'), 'a job that is refused for hours holds nothing up');
+$api->no_faults;
+delivered($node, 'postgres');
+all_there('... and goes in the end');
+
+# --- a job of which polls tell nothing ---
+
+my %silent = ('500' => { status => 500 }, 'silence' => { hang => 4 }, 'oversized' => { oversized => 3 });
+
+foreach my $name (sort keys %silent)
+{
+	survives("polls: $name, always", $silent{$name}, '^/v1/background_jobs/.', 'bulk', qr/outage|back-off/,
+		times => undef);
+	is(jobs_said(), 'dissolved 32', '... is over when the list says so');
+}
+
 is(dead_letters($node, 'postgres'), 0, 'nothing died');
 is($api->counters->{conflicts_own}, $met, 'no job of ours met another of ours, but those that nothing told of');
 no_violations($api, 'jobs');

@@ -207,4 +207,31 @@ no_violations($slow_api, 'crash');
 is(scalar(keys %{ $other_api->get('/_/state?kind=companies') }), 3 * $each, '... with another key, too');
 no_violations($other_api, 'crash, another key');
 
+$slow_node->stop;
+
+# --- more keys than databases: none forgets what another has called ---
+
+my $few = new_node('few', scale => 10, conf => "userpilot.max_databases = 1\n");
+my ($one, $two) = map { Userpilot::StandIn->new(history => 5, scale => 10) } 1 .. 2;
+
+$one->foreign_job(100_000);		# so that all goes by calls
+create_environment($few, 'postgres', $one);
+create_environment($few, 'postgres', $two, server => 'other');
+$few->safe_psql(
+	'postgres', q{
+	DO $$
+	BEGIN
+		FOR i IN 1..700 LOOP
+			PERFORM userpilot_identify_company(i, '{"a": 1}');
+			IF i % 100 = 0 THEN COMMIT; END IF;
+		END LOOP;
+	END $$});
+until_true('the minute is used up', sub { return ($one->counters->{calls}{identify} // 0) >= 600; });
+$few->safe_psql('postgres', q{SET userpilot.server = 'other'; SELECT userpilot_identify_company('x', '{}')});
+delivered($few, 'postgres');
+ok(defined $two->entity('companies', 'x'), 'another key has its own minute');
+is(scalar(keys %{ $one->get('/_/state?kind=companies') }), 700, '... all has come with the first');
+cmp_ok($one->counters->{max_identify_per_minute}, '<=', 600, '... within its limit');
+no_violations($one, 'few');
+
 done_testing();

@@ -36,6 +36,7 @@
 #define ONE (1 << 5)			/* one record */
 #define THIRD (1 << 6)			/* the third attempt or a later one */
 #define LAST (1 << 7)			/* the last attempt */
+#define AGAIN (1 << 8)			/* it has failed before */
 
 typedef struct Line
 {
@@ -54,7 +55,8 @@ static const Line lines[] = {
 
 	/* a job whose answer is lost may run; asking again is harmless */
 	{S, LOST, 0, 999, 0, DELIVERY_UNKNOWN, true},
-	{P | L, LOST, 0, 999, 0, DELIVERY_OUTAGE, false},
+	{P | L, LOST, 0, 999, ALONE, DELIVERY_OUTAGE, false},
+	{P | L, LOST, 0, 999, 0, DELIVERY_BACKOFF, false},
 	{I, LOST, 0, 999, ALONE, DELIVERY_OUTAGE, false},
 	{I, LOST, 0, 999, LAST, DELIVERY_DEAD, true},
 	{I, LOST, 0, 999, 0, DELIVERY_BACKOFF, true},
@@ -62,19 +64,22 @@ static const Line lines[] = {
 	/* a kept connection's end is no outage: a new one will tell */
 	{S, DROP, 0, 999, 0, DELIVERY_UNKNOWN, true},
 	{P, DROP, 0, 999, 0, DELIVERY_BACKOFF, false},
-	{L, DROP, 0, 999, 0, DELIVERY_OUTAGE, false},
+	{L, DROP, 0, 999, ALONE, DELIVERY_OUTAGE, false},
+	{L, DROP, 0, 999, 0, DELIVERY_BACKOFF, false},
 	{I, DROP, 0, 999, ALONE, DELIVERY_BACKOFF, false},
 	{I, DROP, 0, 999, LAST, DELIVERY_DEAD, true},
 	{I, DROP, 0, 999, 0, DELIVERY_BACKOFF, true},
 
 	/* what is no final HTTP status is no answer */
 	{S, ANS, 0, 199, 0, DELIVERY_UNKNOWN, true},
-	{P | L, ANS, 0, 199, 0, DELIVERY_OUTAGE, false},
+	{P | L, ANS, 0, 199, ALONE, DELIVERY_OUTAGE, false},
+	{P | L, ANS, 0, 199, 0, DELIVERY_BACKOFF, false},
 	{I, ANS, 0, 199, ALONE, DELIVERY_OUTAGE, false},
 	{I, ANS, 0, 199, LAST, DELIVERY_DEAD, true},
 	{I, ANS, 0, 199, 0, DELIVERY_BACKOFF, true},
 	{S, ANS, 600, 999, 0, DELIVERY_UNKNOWN, true},
-	{P | L, ANS, 600, 999, 0, DELIVERY_OUTAGE, false},
+	{P | L, ANS, 600, 999, ALONE, DELIVERY_OUTAGE, false},
+	{P | L, ANS, 600, 999, 0, DELIVERY_BACKOFF, false},
 	{I, ANS, 600, 999, ALONE, DELIVERY_OUTAGE, false},
 	{I, ANS, 600, 999, LAST, DELIVERY_DEAD, true},
 	{I, ANS, 600, 999, 0, DELIVERY_BACKOFF, true},
@@ -92,6 +97,11 @@ static const Line lines[] = {
 	{S, ANS, 300, 399, 0, DELIVERY_OUTAGE, false},
 	{P | L, ANS, 300, 399, 0, DELIVERY_BACKOFF, false},
 	{I | S | P | L, ANS, 401, 401, 0, DELIVERY_PAUSE, false},
+	/* ... or, as others get through, a body that a firewall dislikes */
+	{I, ANS, 403, 403, OTHERS | AGAIN | LAST, DELIVERY_DEAD, true},
+	{I, ANS, 403, 403, OTHERS | AGAIN, DELIVERY_BACKOFF, true},
+	{S, ANS, 403, 403, OTHERS | AGAIN | ONE, DELIVERY_DEAD, true},
+	{S, ANS, 403, 403, OTHERS | AGAIN, DELIVERY_DISSOLVE, true},
 	{I | S | P | L, ANS, 403, 403, 0, DELIVERY_PAUSE, false},
 
 	/* too fast */
@@ -178,6 +188,7 @@ expected(const DeliveryAnswer *a, bool sane)
 	has |= a->records == 1 ? ONE : 0;
 	has |= a->attempts >= 3 ? THIRD : 0;
 	has |= a->attempts >= a->max_attempts ? LAST : 0;
+	has |= a->again ? AGAIN : 0;
 	for (i = 0; i < (int) lengthof(lines); i++)
 	{
 		const Line *line = &lines[i];
@@ -191,6 +202,32 @@ expected(const DeliveryAnswer *a, bool sane)
 	return NULL;
 }
 
+/* Refused for what it says: a dead letter proves that the lane is well */
+static bool
+is_refusal(const DeliveryAnswer *a)
+{
+	if (a->transport != DELIVERY_ANSWERED || a->status / 100 != 4)
+		return false;
+	return a->status != 408 && a->status != 425 &&
+		(a->status != 403 || a->call != DELIVERY_IDENTIFY);
+}
+
+/* Whether a body may have been applied all the same */
+static bool
+is_open(const DeliveryAnswer *a)
+{
+	if (a->transport != DELIVERY_ANSWERED)
+		return a->transport != DELIVERY_NOT_SENT;
+	switch (a->status / 100)
+	{
+		case 2:
+			return !a->understood;
+		case 4:
+			return a->status == 408 || a->status == 425;
+	}
+	return true;
+}
+
 /* One cell; says which if it is not as expected */
 static bool
 cell_passes(const DeliveryAnswer *a, bool sane, int64 wait_ms)
@@ -201,8 +238,7 @@ cell_passes(const DeliveryAnswer *a, bool sane, int64 wait_ms)
 
 	waits = line != NULL && line->action == DELIVERY_THROTTLE && wait_ms >= 0;
 	if (line != NULL && d.action == line->action && d.counts == line->counts &&
-		d.refused == (d.action == DELIVERY_DEAD && a->transport == DELIVERY_ANSWERED &&
-					  a->status / 100 == 4 && a->status != 408 && a->status != 425) &&
+		d.refused == (d.action == DELIVERY_DEAD && is_refusal(a)) && d.open == is_open(a) &&
 		d.wait_given == waits && d.wait_ms == (waits ? wait_ms : 0))
 		return true;
 	if (++nshown <= 20)
@@ -240,10 +276,11 @@ status_passes(DeliveryCall call, DeliveryTransport transport, int status)
 			for (t = 0; t < (int) lengthof(attempts); t++)
 			{
 				a.attempts = attempts[t];
-				for (flags = 0; flags < 4; flags++)
+				for (flags = 0; flags < 8; flags++)
 				{
 					a.understood = (flags & 1) != 0;
 					a.others_succeed = (flags & 2) != 0;
+					a.again = (flags & 4) != 0;
 					passes = cell_passes(&a, retry_afters[r].sane,
 										 retry_afters[r].wait_ms) && passes;
 				}
