@@ -1,6 +1,6 @@
 /*
  * worker.c
- *	  The worker: one a database, only while there is work.
+ *	  The worker: one per database, only while there is work.
  *
  * One loop: read what was committed, give each server's lanes what they need
  * in short transactions, start calls when those have committed, then wait for
@@ -405,13 +405,29 @@ anything_left(void)
 	return left;
 }
 
+/* Nothing is known to be left to do; whether that is so */
+static bool
+may_leave(void)
+{
+	load_senders();
+	step_watch();
+	if (prepared == 0 && !look_at_all && (nsenders == 0 || !anything_left()))
+		return true;
+	look_at_all |= prepared == 0;
+	return false;
+}
+
+/* Until something comes, a lane has something to do, or then at the latest */
 static void
 wait_for_work(int64 until)
 {
 	static uint32 wait_event = 0;
 	int64		now = clock_now();
-	long		timeout = until <= now ? 0 : clock_real_ms(until - now);
+	long		timeout;
 
+	for (int i = 0; i < nsenders; i++)
+		until = Min(until, sender_next_at(senders[i], now));
+	timeout = until <= now ? 0 : clock_real_ms(until - now);
 	if (wait_event == 0)
 		wait_event = compat_wait_event("UserpilotWorkerMain");
 	pgstat_report_activity(STATE_IDLE, NULL);
@@ -503,6 +519,16 @@ note_progress(void)
 	noted = true;
 }
 
+static bool
+reload_if_asked(void)
+{
+	if (!ConfigReloadPending)
+		return false;
+	ConfigReloadPending = false;
+	ProcessConfigFile(PGC_SIGHUP);
+	return true;
+}
+
 /* Until there is nothing to do for IDLE_MS */
 static void
 serve(void)
@@ -515,19 +541,12 @@ serve(void)
 	for (;;)
 	{
 		StateWake	wake = state_worker_wake();
-		int64		next_at = PG_INT64_MAX;
 		bool		did = false;
 
 		CHECK_FOR_INTERRUPTS();
 		if (wake.prepared)
 			prepared = PREPARED_UNKNOWN;
-		if (ConfigReloadPending)
-		{
-			ConfigReloadPending = false;
-			ProcessConfigFile(PGC_SIGHUP);
-			watch_at = 0;
-		}
-		if (clock_now() >= watch_at ||
+		if (reload_if_asked() || clock_now() >= watch_at ||
 			(nsenders == 0 && wake.changes != seen_changes))
 		{
 			if (!watch(&pruned_at))
@@ -558,11 +577,8 @@ serve(void)
 			busy_at = clock_now();
 		else if (first || clock_now() - busy_at >= IDLE_MS)
 		{
-			load_senders();
-			step_watch();
-			if (prepared != 0 || look_at_all || (nsenders > 0 && anything_left()))
+			if (!may_leave())
 			{
-				look_at_all |= prepared == 0;
 				busy_at = clock_now();
 				first = false;
 				continue;
@@ -574,9 +590,7 @@ serve(void)
 		first = false;
 		if (did)
 			continue;
-		for (int i = 0; i < nsenders; i++)
-			next_at = Min(next_at, sender_next_at(senders[i], clock_now()));
-		wait_for_work(Min(next_at, busy_at + IDLE_MS));
+		wait_for_work(busy_at + IDLE_MS);
 	}
 }
 
