@@ -825,9 +825,13 @@ WITH counted AS MATERIALIZED (
 	FROM pg_catalog.pg_foreign_server s
 	JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'userpilot'
 	UNION ALL
-	-- dropped or renamed, with changes still queued
-	SELECT DISTINCT NULL::oid, c.server
-	FROM counted c
+	-- dropped or renamed, with changes still queued, or dead
+	SELECT NULL::oid, c.server
+	FROM (
+		SELECT server FROM counted
+		UNION
+		SELECT server FROM (SELECT server FROM @extschema@.userpilot_dead_letters LIMIT 20000) l
+	) c
 	WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_foreign_server s WHERE s.srvname = c.server)
 ), backlog AS (
 	SELECT s.serverid, s.server, t.exact,
@@ -912,7 +916,7 @@ CROSS JOIN (
 ) b
 CROSS JOIN LATERAL (
 	SELECT CASE WHEN w.serverid IS NULL
-		THEN format('disabled: there is no server %I (any more); create it, or delete its rows from userpilot_queue', w.server)
+		THEN format('disabled: there is no server %I (any more); create it, or delete its rows from userpilot_queue and userpilot_dead_letters', w.server)
 		ELSE @extschema@.userpilot_disabled_reason(w.serverid) END AS reason
 ) d;
 

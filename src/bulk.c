@@ -466,7 +466,8 @@ start_next(Bulk *bulk, int64 now)
 	held_job_clear(empty);
 	bulk->current = bulk->next;
 	bulk->next = empty;
-	bulk->in_doubt = bulk->bind_anew = bulk->said_over = false;
+	bulk->in_doubt = bulk->bind_anew = bulk->said_over = bulk->poll_failed = false;
+	bulk->failed_since[DELIVERY_POLL] = bulk->failed_since[DELIVERY_LIST] = 0;
 	bulk_enter(bulk, BULK_SUBMIT, now);
 }
 

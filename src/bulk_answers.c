@@ -121,8 +121,7 @@ note_refusal(Sender *sender, const HttpResult *result, const DeliveryDecision *d
 
 	if (decision->open)
 	{
-		if (!sender->bulk.in_doubt)
-			sender->bulk.since = now;
+		sender->bulk.since = now;
 		sender->bulk.in_doubt = true;
 		news.status = JOB_UNKNOWN;
 	}
@@ -217,9 +216,11 @@ answered_submit(Sender *sender, const HttpResult *result, const ApiJob *job,
 		case DELIVERY_THROTTLE:
 		case DELIVERY_PAUSE:
 			/* who knows for how long */
-			bulk->conflicts++;
 			if (!bulk->in_doubt)
+			{
+				bulk->conflicts++;
 				let_go(sender, error, now, wait_until);
+			}
 			break;
 		case DELIVERY_OUTAGE:
 		case DELIVERY_BACKOFF:
@@ -295,10 +296,13 @@ answered_poll(Sender *sender, const HttpResult *result, const ApiJob *job,
 	bulk->next_at = next_poll(bulk, now);
 	if (decision->action == DELIVERY_LEARN)
 		judge(sender, result, job, false, now);
-	else if (decision->action == DELIVERY_UNKNOWN ||
-			 ((decision->action == DELIVERY_BACKOFF || decision->action == DELIVERY_OUTAGE) &&
-			  bulk_overdue(bulk, now)))
+	else if (decision->action == DELIVERY_UNKNOWN)
 		bulk_unknown(sender, error, now);	/* the list may tell more */
+	else if (decision->action != DELIVERY_PAUSE && bulk_overdue(bulk, now))
+	{
+		bulk->poll_failed = true;
+		bulk_unknown(sender, error, now);
+	}
 }
 
 static const ApiJob *
@@ -311,6 +315,17 @@ find_ours(const Job *job, const ApiJob *jobs, int n)
 			return &jobs[i];
 	}
 	return NULL;
+}
+
+/*
+ * Nor is a list waited for that is not to be had, or that never empties.  But
+ * while nothing is to be had at all, it will be the first to tell.
+ */
+static bool
+waited_in_vain(const Bulk *bulk, const DeliveryDecision *decision, int64 now)
+{
+	return bulk_overdue(bulk, now) &&
+		(decision->action == DELIVERY_LEARN || decision->action == DELIVERY_BACKOFF);
 }
 
 /* Is the job of which no answer came among those Userpilot knows? */
@@ -339,11 +354,15 @@ answered_unknown(Sender *sender, const HttpResult *result, const ApiJob *jobs, i
 		for (int i = 0; i < n; i++)
 			slot_free &= api_job_is_final(jobs[i].status);
 		bulk->unknown_looks = slot_free ? bulk->unknown_looks + 1 : 0;
-		/* nor is a list waited for that is not to be had, or that never empties;
-		 * but while nothing is to be had, the list will be the first to tell */
-		if ((bulk->unknown_looks >= UNKNOWN_LOOKS && now - bulk->since >= UNKNOWN_MS) ||
-			(bulk_overdue(bulk, now) && decision->action != DELIVERY_OUTAGE))
+		if ((bulk->unknown_looks < UNKNOWN_LOOKS || now - bulk->since < UNKNOWN_MS) &&
+			!waited_in_vain(bulk, decision, now))
+			return;
+		/* what polls did not say they may say now */
+		if (bulk->poll_failed && bulk->lost == 1)
+			bulk_enter(bulk, BULK_RUNNING, now);
+		else
 			bulk_never_arrived(sender);
+		bulk->poll_failed = false;
 	}
 }
 
@@ -415,7 +434,7 @@ bulk_answered(Sender *sender, HttpResult *result, int64 now)
 		*failed_since = 0;
 	else
 	{
-		if (!answer.again)
+		if (!answer.again && (call != DELIVERY_SUBMIT || decision.action == DELIVERY_PAUSE))
 			*failed_since = bulk->call_started;
 		error = sender_error_text(result);
 	}

@@ -177,6 +177,8 @@ held_add(uint64 application, int calls)
 			return;
 		}
 	}
+	if (calls <= 0)
+		return;
 	for (int i = 0; i < (int) lengthof(held); i++)
 	{
 		if (held[i].in_flight == 0)

@@ -90,7 +90,7 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 
 	answer.records = 1;
 	answer.attempts = profile->attempts;
-	answer.again = pending->failed_at != 0;
+	answer.again = pending->forbidden;
 	answer.others_succeed = rt->lane.last_success >
 		(pending->failed_at ? pending->failed_at : pending->started_at);
 	decision = delivery_decide(&answer);
@@ -122,6 +122,7 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 			MemoryContextSwitchTo(old);
 			profile->attempts = 0;
 			pending->failed_at = 0;
+			pending->forbidden = false;
 			if (profile->merge->more)
 				pending->nsent = 0; /* its rows stay, for what is left of them */
 			learned[(*nlearned)++] = pending;
@@ -136,9 +137,11 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 			pending_wait(rt, pending, now + delivery_entity_backoff(profile->attempts,
 																	sender_random()));
 			break;
+		case DELIVERY_PAUSE:
+			pending->forbidden = true;
+			/* FALLTHROUGH */
 		case DELIVERY_THROTTLE:
 		case DELIVERY_OUTAGE:
-		case DELIVERY_PAUSE:
 		case DELIVERY_CONFLICT:
 		case DELIVERY_SHRINK:
 		case DELIVERY_DISSOLVE:

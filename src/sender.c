@@ -146,7 +146,7 @@ keep_text(char *to, size_t size, const char *text)
 }
 
 static void
-pause_sender(Sender *sender, const char *reason)
+pause_sender(Sender *sender, Lane *lane, const char *reason)
 {
 	if (!sender->paused)
 		ereport(LOG,
@@ -154,6 +154,7 @@ pause_sender(Sender *sender, const char *reason)
 				 errhint("Use the API key of the right region, not the App Token; delivery resumes when user mapping or key file change.")));
 	sender->paused = true;
 	sender->paused_fingerprint = sender->env->fingerprint;
+	sender->paused_lane = lane;
 	/* calls that were under way together are refused together */
 	if (clock_now() >= sender->paused_probe_at)
 	{
@@ -228,8 +229,10 @@ lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 			if (sender->paused)
 				ereport(LOG, (errmsg("userpilot: server \"%s\" resumes", sender->env->server)));
 			sender->paused = false;
-			sender->pauses = 0;
 			sender->paused_probe_at = 0;
+			/* what one lane is refused the other's success says nothing of */
+			if (lane == sender->paused_lane)
+				sender->pauses = 0;
 			break;
 		case DELIVERY_THROTTLE:
 			/* calls made before the first refusal say no more than it did */
@@ -247,7 +250,7 @@ lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decision,
 								   now + delivery_lane_backoff(lane->outages, sender_random()));
 			break;
 		case DELIVERY_PAUSE:
-			pause_sender(sender, error);
+			pause_sender(sender, lane, error);
 			break;
 		case DELIVERY_BACKOFF:
 		case DELIVERY_CONFLICT:

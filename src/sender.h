@@ -67,6 +67,7 @@ typedef struct Pending
 	TimestampTz read_in;		/* the step that read its first row */
 	int64		not_before;
 	int64		failed_at;
+	bool		forbidden;		/* with 403, once */
 	int64		started_at;
 	uint64		application;	/* whose quota the body counts against */
 	MemoryContext merge_context;
@@ -156,6 +157,7 @@ typedef struct Bulk
 	bool		in_doubt;		/* a submission of the job may have arrived */
 	bool		bind_anew;		/* its body is not to be submitted again */
 	bool		said_over;		/* by the list, which does not say how it ended */
+	bool		poll_failed;	/* that is why it is looked for in the list */
 	bool		waiting_for_slot;
 	uint64		slot_application;	/* whose job slot is held, 0: none */
 	MemoryContext solo_context;
@@ -165,7 +167,8 @@ typedef struct Bulk
 	bool		any_gone;
 	int64		call_started;
 	int64		failed_since[DELIVERY_CALLS];	/* start of the first call that
-												 * failed in a row, 0: none */
+												 * failed in a row (of submissions:
+												 * with 403), 0: none */
 	int			last_completed; /* records of the running job, as polled */
 } Bulk;
 
@@ -180,7 +183,8 @@ typedef struct Sender
 	bool		paused;			/* key refused */
 	uint64		paused_fingerprint;
 	int64		paused_probe_at;
-	int			pauses;			/* in a row */
+	int			pauses;			/* in a row, without a success of ... */
+	Lane	   *paused_lane;	/* ... the lane that was refused last */
 	Realtime	rt;
 	Bulk		bulk;
 
