@@ -315,9 +315,8 @@ quota_job_slot_take(uint64 application, Oid server, int64 now)
 	return mine;
 }
 
-/* server: InvalidOid for all; application: 0 for all */
-static void
-release_slots(uint64 application, Oid server)
+void
+quota_job_slot_release(uint64 application, Oid server)
 {
 	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
 	for (int i = 0; i < shared->n; i++)
@@ -331,12 +330,6 @@ release_slots(uint64 application, Oid server)
 	LWLockRelease(shared->lock);
 }
 
-void
-quota_job_slot_release(uint64 application, Oid server)
-{
-	release_slots(application, server);
-}
-
 /* Everything this process holds, whatever ends it */
 void
 quota_give_back(void)
@@ -344,7 +337,7 @@ quota_give_back(void)
 	for (int i = 0; i < (int) lengthof(held); i++)
 		if (held[i].in_flight > 0)
 			quota_calls_ended(held[i].application, held[i].in_flight, clock_now());
-	release_slots(0, InvalidOid);
+	quota_job_slot_release(0, InvalidOid);
 }
 
 /* Whether someone else than this server waits for the slot */

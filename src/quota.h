@@ -25,6 +25,7 @@ extern void quota_calls_seed(uint64 application, Oid server, int n, int64 now);
 extern void quota_calls_return(uint64 application, int n);
 extern void quota_calls_ended(uint64 application, int n, int64 now);
 extern bool quota_job_slot_take(uint64 application, Oid server, int64 now);
+/* ... 0: of every application; InvalidOid: of every server */
 extern void quota_job_slot_release(uint64 application, Oid server);
 extern bool quota_job_slot_wanted(uint64 application, Oid server, int64 now);
 

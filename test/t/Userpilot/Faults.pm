@@ -95,7 +95,7 @@ sub set_up
 
 	$timeout //= 1;
 
-	# the rare probe of a paused server, every 15 minutes, comes soon
+	# the rare probes of a paused server, after 1 to 15 minutes, come soon
 	$Userpilot::SCALE = 600;
 	$api  = Userpilot::StandIn->new;
 	$node = new_node($name);
