@@ -51,8 +51,9 @@
  */
 static uint64 generation = 1;
 
+static Oid	extension_kept = InvalidOid;
 static Oid	schema_kept = InvalidOid;
-static uint64 schema_generation = 0;
+static uint64 extension_generation = 0;
 
 static EnvironmentRef *current_ref = NULL;
 static MemoryContext current_context = NULL;
@@ -90,24 +91,24 @@ watch_catalogs(void)
 	CacheRegisterSyscacheCallback(DATABASEOID, catalog_changed, (Datum) 0);
 }
 
-bool
+Oid
 environment_installed(Oid *schema, Oid *owner, char **version)
 {
 	Relation	relation = table_open(ExtensionRelationId, AccessShareLock);
 	ScanKeyData key;
 	SysScanDesc scan;
 	HeapTuple	tuple;
-	bool		found;
+	Oid			oid = InvalidOid;
 
 	ScanKeyInit(&key, Anum_pg_extension_extname, BTEqualStrategyNumber, F_NAMEEQ,
 				CStringGetDatum(EXTENSION_NAME));
 	scan = systable_beginscan(relation, ExtensionNameIndexId, true, NULL, 1, &key);
 	tuple = systable_getnext(scan);
-	found = HeapTupleIsValid(tuple);
-	if (found)
+	if (HeapTupleIsValid(tuple))
 	{
 		Form_pg_extension extension = (Form_pg_extension) GETSTRUCT(tuple);
 
+		oid = extension->oid;
 		if (schema != NULL)
 			*schema = extension->extnamespace;
 		if (owner != NULL)
@@ -123,27 +124,33 @@ environment_installed(Oid *schema, Oid *owner, char **version)
 	}
 	systable_endscan(scan);
 	table_close(relation, AccessShareLock);
-	return found;
+	return oid;
+}
+
+Oid
+environment_extension(void)
+{
+	watch_catalogs();
+	if (extension_generation != generation)
+	{
+		/* noted first, as a change may arrive while we look */
+		uint64		at = generation;
+
+		extension_kept = environment_installed(&schema_kept, NULL, NULL);
+		extension_generation = at;
+	}
+	return extension_kept;
 }
 
 Oid
 environment_schema(void)
 {
-	uint64		at;
-
-	watch_catalogs();
-	if (schema_generation != generation)
-	{
-		/* noted first, as a change may arrive while we look */
-		at = generation;
-		if (!environment_installed(&schema_kept, NULL, NULL))
-			ereport(ERROR,
-					(errcode(ERRCODE_UNDEFINED_OBJECT),
-					 errmsg("extension \"%s\" is not installed in this database",
-							EXTENSION_NAME),
-					 errhint("Install it with CREATE EXTENSION %s.", EXTENSION_NAME)));
-		schema_generation = at;
-	}
+	if (!OidIsValid(environment_extension()))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("extension \"%s\" is not installed in this database",
+						EXTENSION_NAME),
+				 errhint("Install it with CREATE EXTENSION %s.", EXTENSION_NAME)));
 	return schema_kept;
 }
 

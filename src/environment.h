@@ -98,12 +98,15 @@ extern List *environment_enabled(void);
 /* What userpilot_status says of a server that may not send, or NULL */
 extern const char *environment_disabled_reason(Oid serverid);
 
-/* The extension's schema, kept until changed: raises if the extension is not
- * installed */
+/* The extension, kept until changed: InvalidOid if it is not installed */
+extern Oid	environment_extension(void);
+
+/* ... and its schema: raises if the extension is not installed */
 extern Oid	environment_schema(void);
 
-/* Whether the extension is installed; if so, fills what is not NULL */
-extern bool environment_installed(Oid *schema, Oid *owner, char **version);
+/* The extension as it is now, InvalidOid if it is not installed; if it is, fills
+ * what is not NULL */
+extern Oid	environment_installed(Oid *schema, Oid *owner, char **version);
 
 /* How many of max_worker_processes are taken; SPI must be connected */
 extern int	environment_workers_used(void);

@@ -15,6 +15,7 @@
 #include "utils/snapmgr.h"
 
 #include "compat.h"
+#include "environment.h"
 #include "profiles.h"
 #include "sql.h"
 #include "step.h"
@@ -64,7 +65,7 @@ step_outside(void)
 	MemoryContextSwitchTo(step_context);
 }
 
-void
+bool
 step_begin(Oid extension, Oid owner)
 {
 	SetCurrentStatementStartTimestamp();
@@ -72,11 +73,14 @@ step_begin(Oid extension, Oid owner)
 	/* what DROP EXTENSION locks first, so that one of us waits for the other
 	 * with nothing in hand: in a deadlock it could be the victim */
 	LockDatabaseObject(ExtensionRelationId, extension, 0, AccessShareLock);
+	if (environment_extension() != extension)
+		return false;
 	GetUserIdAndSecContext(&step_user, &step_sec_context);
 	SetUserIdAndSecContext(owner, step_sec_context | SECURITY_RESTRICTED_OPERATION);
 	profiles_lock();
 	sql_connect();
 	PushActiveSnapshot(GetTransactionSnapshot());
+	return true;
 }
 
 static void

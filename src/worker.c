@@ -11,7 +11,6 @@
 
 #include "access/xact.h"
 #include "catalog/pg_database.h"
-#include "commands/extension.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
@@ -58,13 +57,12 @@
 /* One may have been prepared, and decided, since the tables were asked */
 #define PREPARED_UNKNOWN (-1)
 
-/* Old history is deleted so often (API ms) */
+/* What is old is deleted so often (API ms) */
 #define PRUNE_MS (10 * 60 * 1000)
 
 #define MAX_CONNECTIONS 100
 #define MAX_RESULTS 256			/* dealt with in one transaction */
 
-static bool installed;			/* the extension, in whichever version */
 static Oid	extension;
 static Oid	extension_owner;
 static Http *http;
@@ -103,7 +101,12 @@ note_options_changed(Datum arg, int cacheid, uint32 hashvalue)
 static void
 begin_step(void)
 {
-	step_begin(extension, extension_owner);
+	/* otherwise what is in memory is of tables that are gone */
+	if (!step_begin(extension, extension_owner))
+	{
+		state_worker_retreat(clock_now() + clock_api_ms(RETREAT_MS));
+		proc_exit(0);
+	}
 	reload_changed_senders();
 }
 
@@ -132,24 +135,23 @@ static bool
 extension_is_ours(void)
 {
 	char	   *version = NULL;
+	Oid			current;
 	bool		same;
 
 	StartTransactionCommand();
-	installed = environment_installed(NULL, &extension_owner, &version);
-	same = installed && strcmp(version, USERPILOT_VERSION) == 0;
-	/* dropped and made anew: what is in memory is of the old tables */
-	if (same && OidIsValid(extension))
-		same = extension == get_extension_oid("userpilot", true);
-	else if (same)
-		extension = get_extension_oid("userpilot", true);
-	if (installed && strcmp(version, USERPILOT_VERSION) != 0)
+	current = environment_installed(NULL, &extension_owner, &version);
+	if (!OidIsValid(extension))
+		extension = current;
+	same = OidIsValid(current) && strcmp(version, USERPILOT_VERSION) == 0;
+	if (OidIsValid(current) && !same)
 		ereport(WARNING,
 				(errmsg("userpilot does not deliver: extension version %s, library version %s",
 						version, USERPILOT_VERSION),
 				 errhint("ALTER EXTENSION userpilot UPDATE; or restart the server if the library is older.")));
 	CommitTransactionCommand();
 	step_outside();
-	return same;
+	/* made anew: what is in memory is of tables that are gone */
+	return same && current == extension;
 }
 
 /* --------------------------------------------------------------- senders */
@@ -600,7 +602,7 @@ userpilot_worker_main(Datum arg)
 	start_up(DatumGetObjectId(arg));
 	if (!extension_is_ours())
 	{
-		if (installed)
+		if (OidIsValid(extension))
 			state_worker_retreat(clock_now() + clock_api_ms(VERSION_MS));
 		else
 			state_worker_vacate();

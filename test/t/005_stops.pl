@@ -232,6 +232,25 @@ create_environment($node, 'postgres', $api);
 enqueue('postgres', 'again', 100);
 delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, 'created again', companies => 'SELECT * FROM sent');
+
+# A worker that knows the extension of before would lock that one
+$node->safe_psql('postgres',
+	'SET client_min_messages = warning; DROP EXTENSION userpilot CASCADE; TRUNCATE sent');
+$api->reset;
+create_environment($node, 'postgres', $api);
+my $owner = $node->background_psql('postgres');
+$owner->query_safe(q{BEGIN; SELECT userpilot_invalidate('userpilot')});
+enqueue('postgres', 'made anew', 100);
+$node->poll_query_until('postgres', q{SELECT count(*) > 0 FROM pg_locks
+	WHERE NOT granted AND relation = 'userpilot_profiles'::regclass}) or die 'nobody waits';
+is( $node->safe_psql('postgres', q{SELECT count(*) FROM pg_locks w JOIN pg_locks h USING (pid)
+		WHERE NOT w.granted AND w.relation = 'userpilot_profiles'::regclass AND h.granted
+		AND h.classid = 'pg_extension'::regclass AND h.objid = (SELECT oid FROM pg_extension WHERE extname = 'userpilot')}),
+	1, 'no worker is in an extension that was made anew without its lock');
+$owner->query_safe('COMMIT');
+$owner->quit;
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, '... and all is delivered', companies => 'SELECT * FROM sent');
 unlike(slurp_file($node->logfile), qr/PANIC|signal 11|signal 6|TRAP/, 'nothing else crashed');
 $node->stop;
 
