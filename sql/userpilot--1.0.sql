@@ -220,7 +220,7 @@ CREATE TABLE userpilot_job_chunks (
 ALTER TABLE userpilot_job_chunks ALTER COLUMN records SET STORAGE EXTERNAL;
 REVOKE ALL ON TABLE userpilot_job_chunks FROM PUBLIC;
 
-COMMENT ON TABLE userpilot_job_chunks IS 'Records of unfinished jobs in pieces of about 1 MB; deleted when the job is done with.';
+COMMENT ON TABLE userpilot_job_chunks IS 'Records of unfinished jobs in pieces of about 128 kB; deleted when the job is done with.';
 COMMENT ON COLUMN userpilot_job_chunks.job IS 'userpilot_jobs.id.';
 COMMENT ON COLUMN userpilot_job_chunks.seq IS 'Order within the job.';
 COMMENT ON COLUMN userpilot_job_chunks.records IS 'One record per line, each as JSON and ended by a newline.';

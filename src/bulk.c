@@ -418,7 +418,7 @@ bulk_due(const Sender *sender, int64 now)
 	const Bulk *bulk = &sender->bulk;
 
 	if (bulk->calling || !sender_may_send(sender) || now < bulk->lane.not_before ||
-		now < bulk->next_at)
+		now < bulk->next_at || bulk_pass_waits(bulk))
 		return false;
 	return bulk->state != BULK_IDLE || sweep_wanted(sender);
 }

@@ -66,15 +66,29 @@ forget_rows(Sender *sender, const HeldJob *held)
 	}
 }
 
+bool
+bulk_learn_chunk(Sender *sender, const Job *job, int seq)
+{
+	text	   *records = jobs_chunk(job->id, seq);
+
+	if (records == NULL)
+		return false;
+	profiles_learn_records(sender->env->server, job->kind, job->id,
+						   VARDATA(records), VARSIZE(records) - VARHDRSZ);
+	pfree(records);
+	return true;
+}
+
 /* Userpilot has what it held */
 static void
 learn(Sender *sender, HeldJob *held)
 {
-	profiles_learn_job(sender->env->server, held->job.kind, held->job.id);
+	while (bulk_learn_chunk(sender, &held->job, held->nlearnt))
+		held->nlearnt++;
 	held->entities = NULL;
 }
 
-/* The job is over: bulk_delete_done() does the rest */
+/* The job is over: bulk_learn_done() does the rest */
 void
 bulk_set_done(Sender *sender)
 {
@@ -96,13 +110,21 @@ bulk_set_done(Sender *sender)
 	bulk->dirty = true;
 }
 
+bool
+bulk_pass_waits(const Bulk *bulk)
+{
+	return bulk->state == BULK_PREPARE && bulk->next->entities == NULL && bulk->plan == NULL &&
+		bulk->done->nrows > 0;
+}
+
 /* Not until the next job has arrived, which is waited for, but not for long;
  * and if there are no rows, with the sweep that finds them */
 bool
 bulk_done_due(const Sender *sender, int64 now)
 {
 	const Bulk *bulk = &sender->bulk;
-	bool		waited_for = (bulk->state == BULK_PREPARE || bulk->state == BULK_SUBMIT) &&
+	bool		waited_for = !bulk_pass_waits(bulk) &&
+		(bulk->state == BULK_PREPARE || bulk->state == BULK_SUBMIT) &&
 		(!bulk->calling || now < bulk->call_started + clock_api_ms(SUBMIT_MS)) &&
 		now >= bulk->lane.not_before && sender_may_send(sender);
 
@@ -153,4 +175,16 @@ bulk_delete_done(Sender *sender)
 	jobs_drop_chunks(held->job.id);
 	held_job_clear(held);
 	realtime_look_again(sender);
+}
+
+/* A part of it: what is fresh is not to wait for 10,000 records */
+void
+bulk_learn_done(Sender *sender)
+{
+	HeldJob    *held = sender->bulk.done;
+
+	if (held->entities != NULL && bulk_learn_chunk(sender, &held->job, held->nlearnt))
+		held->nlearnt++;
+	else
+		bulk_delete_done(sender);
 }

@@ -26,6 +26,12 @@ extern void bulk_failed(Sender *sender, int64 now);
 extern void bulk_never_arrived(Sender *sender);
 extern void bulk_unknown(Sender *sender, const char *error, int64 now);
 
+/* What some records of an acknowledged job said; false: there are none */
+extern bool bulk_learn_chunk(Sender *sender, const Job *job, int seq);
+
+/* Until the rows of an acknowledged job are gone there is no pass over the queue */
+extern bool bulk_pass_waits(const Bulk *bulk);
+
 /* What has left the queue is told to userpilot_batches now and then */
 extern void bulk_report_gone(Sender *sender);
 

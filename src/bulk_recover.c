@@ -72,8 +72,9 @@ bulk_recover(Sender *sender)
 			recover_ids(&jobs[i], &bulk->solo, bulk->solo_context);
 		else
 		{
-			if (strcmp(jobs[i].status, JOB_COMPLETED) == 0)
-				profiles_learn_job(sender->env->server, jobs[i].kind, jobs[i].id);
+			for (int seq = 0; strcmp(jobs[i].status, JOB_COMPLETED) == 0 &&
+				 bulk_learn_chunk(sender, &jobs[i], seq); seq++)
+				;
 			jobs_drop_chunks(jobs[i].id);
 		}
 	}

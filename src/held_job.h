@@ -27,6 +27,7 @@ typedef struct HeldJob
 	MemoryContext context;		/* of all that is in it */
 	Job			job;			/* id 0: none */
 	entities_hash *entities;	/* NULL: none are held */
+	int			nlearnt;		/* chunks of its records, once acknowledged */
 	JobRow	   *rows;			/* of the queue, that went into the job */
 	int			nrows;
 	int			maxrows;

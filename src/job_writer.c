@@ -14,7 +14,8 @@
 /* Larger bodies go as a file, if it is for us to choose */
 #define JSON_BYTES (8 * 1000 * 1000)
 
-#define CHUNK_BYTES (1024 * 1024)
+/* What it said is learnt so much at a time: what is fresh waits for it */
+#define CHUNK_BYTES (128 * 1024)
 
 void
 job_writer_init(JobWriter *writer, Sender *sender, int max_records)

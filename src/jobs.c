@@ -144,8 +144,14 @@ jobs_unfinished(const char *server, Job **jobs)
 		"  OR EXISTS (SELECT FROM @.userpilot_job_chunks c WHERE c.job = j.id)) ORDER BY id",
 		1, {TEXTOID});
 	Datum		args[1] = {CStringGetTextDatum(server)};
-	int			n = sql_execute(&statement, args, NULL, true);
+	int			n;
 
+	*jobs = NULL;
+	/* nearly always: a worker starts, and someone waits for it */
+	if (!sql_index_has_rows("userpilot_jobs_open") &&
+		!sql_index_has_rows("userpilot_job_chunks_pkey"))
+		return 0;
+	n = sql_execute(&statement, args, NULL, true);
 	*jobs = palloc0(Max(n, 1) * sizeof(Job));
 	for (int i = 0; i < n; i++)
 	{
@@ -169,26 +175,21 @@ jobs_unfinished(const char *server, Job **jobs)
 	return n;
 }
 
-/* Reads one chunk into CurrentMemoryContext, in UTF-8 */
-static char *
-read_chunk(int64 job, int seq, int *len)
+text *
+jobs_chunk(int64 job, int seq)
 {
 	static SqlStatement statement = SQL_STATEMENT(
 		"SELECT records FROM @.userpilot_job_chunks WHERE job = $1 AND seq = $2",
 		2, {INT8OID, INT4OID});
 	Datum		args[2] = {Int64GetDatum(job), Int32GetDatum(seq)};
 	text	   *records;
-	char	   *chunk;
 	bool		isnull;
 
 	if (sql_execute(&statement, args, NULL, true) == 0)
 		return NULL;
 	records = DatumGetTextPCopy(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
 	SPI_freetuptable(SPI_tuptable);
-	chunk = payload_utf8(VARDATA(records), VARSIZE(records) - VARHDRSZ, len);
-	if (chunk != VARDATA(records))
-		pfree(records);
-	return chunk;
+	return records;
 }
 
 static HttpPiece
@@ -209,13 +210,17 @@ jobs_body(const Job *job, int *npieces)
 	int			max = 8;
 	HttpPiece  *pieces = palloc(max * sizeof(HttpPiece));
 	int			n = 0;
-	char	   *chunk;
-	int			len;
+	text	   *records;
 
 	if (!job->ndjson)
 		pieces[n++] = piece_of(payload_open(job->kind));
-	for (int seq = 0; (chunk = read_chunk(job->id, seq, &len)) != NULL; seq++)
+	for (int seq = 0; (records = jobs_chunk(job->id, seq)) != NULL; seq++)
 	{
+		int			len;
+		char	   *chunk = payload_utf8(VARDATA(records), VARSIZE(records) - VARHDRSZ, &len);
+
+		if (chunk != VARDATA(records))
+			pfree(records);
 		if (n + 2 > max)
 			pieces = repalloc(pieces, (max *= 2) * sizeof(HttpPiece));
 		if (!job->ndjson)

@@ -76,6 +76,9 @@ extern int	jobs_unfinished(const char *server, Job **jobs);
 /* Body pieces of a job, malloc-free, in CurrentMemoryContext and UTF-8 */
 extern HttpPiece *jobs_body(const Job *job, int *npieces);
 
+/* Some of its records, one a line; NULL: there are no more */
+extern text *jobs_chunk(int64 job, int seq);
+
 /* Ids in a job's records, in CurrentMemoryContext */
 extern char **jobs_entity_ids(const Job *job, int *n);
 

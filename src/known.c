@@ -362,7 +362,7 @@ known_judge(Known *known, const QueueChange *changes, int n, KnownVerdict *verdi
 	/* as before a first load; after the snapshot, so that all it sees is there */
 	bool		empty = RelationGetNumberOfBlocks(rel) == 0;
 
-	profiles_check_shape(rel);
+	sql_check_columns(rel, profiles_columns, PROFILE_NCOLUMNS);
 	for (int i = 0; i < n; i++)
 		verdicts[i] = KNOWN_NEW;
 	ItemPointerSetInvalid(&next);

@@ -10,22 +10,43 @@
  */
 #include "postgres.h"
 
+#include "access/tableam.h"
 #include "catalog/pg_type.h"
 #include "utils/builtins.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
 
 #include "ledger.h"
+#include "row_writer.h"
 #include "settings.h"
-#include "sql.h"
+
+/* ---------------------------------------------------------------- calls */
+
+enum
+{
+	CALLS_SERVER,
+	CALLS_AT,
+	CALLS_CALLS,
+	CALLS_NCOLUMNS
+};
+
+static const SqlColumn calls_columns[CALLS_NCOLUMNS] = {
+	{"server", TEXTOID}, {"at", TIMESTAMPTZOID}, {"calls", INT4OID}
+};
 
 void
 ledger_calls(const char *server, int n)
 {
-	static SqlStatement statement = SQL_STATEMENT(
-		"INSERT INTO @.userpilot_recent_calls (server, at, calls)"
-		" VALUES ($1, pg_catalog.clock_timestamp(), $2)", 2, {TEXTOID, INT4OID});
-	Datum		args[2] = {CStringGetTextDatum(server), Int32GetDatum(n)};
+	RowWriter	writer;
 
-	(void) sql_execute(&statement, args, NULL, false);
+	row_writer_open(&writer, "userpilot_recent_calls", calls_columns, CALLS_NCOLUMNS);
+	row_begin(&writer);
+	row_set(&writer, CALLS_SERVER, CStringGetTextDatum(server));
+	row_set(&writer, CALLS_AT, TimestampTzGetDatum(GetCurrentTimestamp()));
+	row_set(&writer, CALLS_CALLS, Int32GetDatum(n));
+	row_insert(&writer);
+	row_writer_close(&writer);
 }
 
 /* A minute, and how long a mark can have waited, in real seconds */
@@ -38,14 +59,25 @@ window(int64 delay_ms)
 int
 ledger_recent_calls(const char *server, int64 delay_ms)
 {
-	static SqlStatement statement = SQL_STATEMENT(
-		"SELECT pg_catalog.sum(calls)::bigint FROM @.userpilot_recent_calls WHERE server = $1"
-		" AND at > pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)",
-		2, {TEXTOID, FLOAT8OID});
-	Datum		args[2] = {CStringGetTextDatum(server), Float8GetDatum(window(delay_ms))};
+	TimestampTz since = GetCurrentTimestamp() - (TimestampTz) (window(delay_ms) * USECS_PER_SEC);
+	int64		calls = 0;
+	RowWriter	writer;
+	TableScanDesc scan;
 
-	(void) sql_execute(&statement, args, NULL, true);
-	return (int) sql_int64(1, 0);
+	row_writer_open(&writer, "userpilot_recent_calls", calls_columns, CALLS_NCOLUMNS);
+	scan = table_beginscan(writer.rel, GetActiveSnapshot(), 0, NULL);
+	while (table_scan_getnextslot(scan, ForwardScanDirection, writer.stored))
+	{
+		Datum	   *stored = writer.stored->tts_values;
+
+		slot_getallattrs(writer.stored);
+		if (DatumGetTimestampTz(stored[CALLS_AT]) > since &&
+			strcmp(TextDatumGetCString(stored[CALLS_SERVER]), server) == 0)
+			calls += DatumGetInt32(stored[CALLS_CALLS]);
+	}
+	table_endscan(scan);
+	row_writer_close(&writer);
+	return (int) Min(calls, PG_INT32_MAX);
 }
 
 void
@@ -60,36 +92,87 @@ ledger_prune(const char *server, int64 delay_ms)
 	(void) sql_execute(&statement, args, NULL, false);
 }
 
+/* --------------------------------------------------------------- starts */
+
+enum
+{
+	STARTS_ONLY_ROW,
+	STARTS_STARTS,
+	STARTS_AT,
+	STARTS_NCOLUMNS
+};
+
+static const SqlColumn starts_columns[STARTS_NCOLUMNS] = {
+	{"only_row", BOOLOID}, {"starts", INT4OID}, {"at", TIMESTAMPTZOID}
+};
+
+/* Opens the table; returns whether its row is there, as "stored" */
+static bool
+open_starts(RowWriter *writer)
+{
+	TableScanDesc scan;
+	bool		found;
+
+	row_writer_open(writer, "userpilot_worker_starts", starts_columns, STARTS_NCOLUMNS);
+	scan = table_beginscan(writer->rel, GetActiveSnapshot(), 0, NULL);
+	found = table_scan_getnextslot(scan, ForwardScanDirection, writer->stored);
+	if (found)
+	{
+		slot_getallattrs(writer->stored);
+		ExecMaterializeSlot(writer->stored);
+	}
+	table_endscan(scan);
+	return found;
+}
+
+static void
+write_starts(RowWriter *writer, bool found, int starts, TimestampTz at)
+{
+	row_begin(writer);
+	row_set(writer, STARTS_ONLY_ROW, BoolGetDatum(true));
+	row_set(writer, STARTS_STARTS, Int32GetDatum(starts));
+	row_set(writer, STARTS_AT, TimestampTzGetDatum(at));
+	if (found)
+		row_update(writer);
+	else
+		row_insert(writer);
+}
+
 int
 ledger_starts(int64 *since_ms)
 {
-	static SqlStatement statement = SQL_STATEMENT(
-		"SELECT starts::bigint,"
-		" (extract(epoch FROM pg_catalog.clock_timestamp() - at) * 1000)::bigint"
-		" FROM @.userpilot_worker_starts", 0, {0});
+	RowWriter	writer;
+	Datum	   *stored;
+	int			starts = 0;
 
-	(void) sql_execute(&statement, NULL, NULL, true);
-	*since_ms = sql_int64(2, 0);
-	return (int) sql_int64(1, 0);
+	*since_ms = 0;
+	if (open_starts(&writer))
+	{
+		stored = writer.stored->tts_values;
+		starts = DatumGetInt32(stored[STARTS_STARTS]);
+		*since_ms = (GetCurrentTimestamp() - DatumGetTimestampTz(stored[STARTS_AT])) / 1000;
+	}
+	row_writer_close(&writer);
+	return starts;
 }
 
 void
 ledger_start(void)
 {
-	static SqlStatement statement = SQL_STATEMENT(
-		"INSERT INTO @.userpilot_worker_starts AS w (only_row, starts, at)"
-		" VALUES (true, 1, pg_catalog.clock_timestamp())"
-		" ON CONFLICT (only_row) DO UPDATE SET starts = w.starts + 1, at = excluded.at",
-		0, {0});
+	RowWriter	writer;
+	bool		found = open_starts(&writer);
+	int			before = found ? DatumGetInt32(writer.stored->tts_values[STARTS_STARTS]) : 0;
 
-	(void) sql_execute(&statement, NULL, NULL, false);
+	write_starts(&writer, found, before + 1, GetCurrentTimestamp());
+	row_writer_close(&writer);
 }
 
 void
 ledger_progress(void)
 {
-	static SqlStatement statement = SQL_STATEMENT(
-		"UPDATE @.userpilot_worker_starts SET starts = 0 WHERE starts > 0", 0, {0});
+	RowWriter	writer;
 
-	(void) sql_execute(&statement, NULL, NULL, false);
+	if (open_starts(&writer) && DatumGetInt32(writer.stored->tts_values[STARTS_STARTS]) > 0)
+		write_starts(&writer, true, 0, DatumGetTimestampTz(writer.stored->tts_values[STARTS_AT]));
+	row_writer_close(&writer);
 }

@@ -31,6 +31,7 @@ typedef struct OpenUnit
 {
 	int			entities;
 	bool		bulk;
+	bool		direct;
 	Size		bytes;
 	PlanRow    *rows;
 	int			n;
@@ -101,7 +102,7 @@ unit_for(Plan *plan, UserpilotKind kind)
 	if (plan->nunits == lengthof(plan->units) || plan->rows >= MAX_ROWS)
 		return NULL;
 	unit = plan->open[kind] = &plan->units[plan->nunits++];
-	unit->bulk = true;
+	unit->bulk = unit->direct = true;
 	return unit;
 }
 
@@ -163,6 +164,7 @@ add(Plan *plan, EntityKey key, uint32 hash, const ItemPointerData *tid, bool bul
 	unit->rows[unit->n].tid = *tid;
 	unit->rows[unit->n++].group = place->group;
 	unit->bulk &= bulk;
+	unit->direct &= !bulk;
 	unit->bytes += bytes;
 	plan->rows++;
 	return true;
@@ -204,6 +206,7 @@ arrange(const OpenUnit *from)
 
 	unit->entities = from->entities;
 	unit->bulk = from->bulk;
+	unit->direct = from->direct;
 	unit->ngroups = (from->entities + PLAN_GROUP - 1) / PLAN_GROUP;
 	unit->ends = palloc0(unit->ngroups * sizeof(int));
 	unit->tids = MemoryContextAllocHuge(CurrentMemoryContext, from->n * sizeof(ItemPointerData));

@@ -26,6 +26,7 @@ typedef struct PlanUnit
 {
 	int			entities;
 	bool		bulk;			/* all of it queued as bulk */
+	bool		direct;			/* nothing of it is */
 	ItemPointerData *tids;		/* group by group */
 	int			ngroups;
 	int		   *ends;			/* of the groups, in tids */

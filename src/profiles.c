@@ -96,45 +96,19 @@ profiles_invalidate(const char *server, text *kind, text *entity_id,
 	return sql_execute(&statement, args, nulls, false);
 }
 
-/* ----------------------------------------------------------------- jobs */
-
 /*
- * In SQL alone: the records say what was sent, the mark has raised the
- * versions already.  Written as an upsert although the profiles exist: so no
- * plan can go wrong, each record is one index look-up.  An entity that was
- * released meanwhile is left unknown.
+ * The records say which entities.  Written as an upsert although the profiles
+ * exist: so no plan can go wrong, each record is one index look-up.
  */
-#define JOB_RECORDS \
-	"WITH sent AS MATERIALIZED (" \
-	"  SELECT pg_catalog.string_to_table(pg_catalog.rtrim(c.records, E'\\n'), E'\\n')::jsonb AS r" \
-	"  FROM @.userpilot_job_chunks c WHERE c.job = $3)" \
-	" INSERT INTO @.userpilot_profiles AS p (server, kind, entity_id, company_id, metadata, synced_at)" \
-	" SELECT $1, $2, r ->> CASE $2 WHEN 'user' THEN 'user_id' ELSE 'company_id' END," \
-	"  CASE $2 WHEN 'user' THEN r ->> 'company_id' END, "
-
-void
-profiles_learn_job(const char *server, UserpilotKind kind, int64 job)
-{
-	static SqlStatement statement = SQL_STATEMENT(
-		JOB_RECORDS "r -> 'metadata', pg_catalog.clock_timestamp() FROM sent"
-		" ON CONFLICT (server, kind, entity_id) DO UPDATE SET"
-		"  metadata = p.metadata || excluded.metadata,"
-		"  company_id = coalesce(excluded.company_id, p.company_id),"
-		"  attempts = 0, synced_at = excluded.synced_at, job = NULL,"
-		"  believed_since = coalesce(p.believed_since, excluded.synced_at)"
-		" WHERE p.job = $3",
-		3, {TEXTOID, TEXTOID, INT8OID});
-	Datum		args[3] = {CStringGetTextDatum(server),
-	CStringGetTextDatum(userpilot_kind_name(kind)), Int64GetDatum(job)};
-
-	(void) sql_execute(&statement, args, NULL, false);
-}
-
 void
 profiles_release_job(const char *server, UserpilotKind kind, int64 job, bool give_back)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		JOB_RECORDS "'{}', NULL FROM sent"
+		"WITH sent AS MATERIALIZED ("
+		"  SELECT pg_catalog.string_to_table(pg_catalog.rtrim(c.records, E'\\n'), E'\\n')::jsonb AS r"
+		"  FROM @.userpilot_job_chunks c WHERE c.job = $3)"
+		" INSERT INTO @.userpilot_profiles AS p (server, kind, entity_id, metadata)"
+		" SELECT $1, $2, r ->> CASE $2 WHEN 'user' THEN 'user_id' ELSE 'company_id' END, '{}' FROM sent"
 		" ON CONFLICT (server, kind, entity_id) DO UPDATE SET job = NULL,"
 		"  attempts = greatest(p.attempts - CASE WHEN $4 THEN 1 ELSE 0 END, 0)"
 		" WHERE p.job = $3",

@@ -61,12 +61,14 @@ extern void profiles_lock(void);
  * begins */
 extern void profiles_lock_out_worker(void);
 
-/* A bulk job was acknowledged in full: learn what its records say.  Both need
- * the job's records still to be there. */
-extern void profiles_learn_job(const char *server, UserpilotKind kind, int64 job);
+/* A bulk job was acknowledged in full: learns what some of its records say, one
+ * a line, which are changed here.  The mark has raised the versions already; an
+ * entity that was released meanwhile is left unknown. */
+extern void profiles_learn_records(const char *server, UserpilotKind kind, int64 job,
+								   char *records, int len);
 
-/* Its entities are no longer in flight, and what was sent stays unknown;
- * give_back: the attempt does not count */
+/* A job's entities are no longer in flight, and what was sent stays unknown;
+ * give_back: the attempt does not count.  Needs its records to be there. */
 extern void profiles_release_job(const char *server, UserpilotKind kind, int64 job,
 								 bool give_back);
 

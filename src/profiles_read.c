@@ -26,6 +26,13 @@
 #include "profiles_table.h"
 #include "sql.h"
 
+const SqlColumn profiles_columns[PROFILE_NCOLUMNS] = {
+	{"server", TEXTOID}, {"kind", TEXTOID}, {"entity_id", TEXTOID},
+	{"company_id", TEXTOID}, {"metadata", JSONBOID}, {"versions", JSONBOID},
+	{"attempts", INT4OID}, {"synced_at", TIMESTAMPTZOID},
+	{"believed_since", TIMESTAMPTZOID}, {"job", INT8OID}
+};
+
 static uint64
 value_uint64(const JsonbValue *v)
 {
@@ -155,19 +162,6 @@ forget_values(MergeEntity *entity)
 		entity->keys[i].known = false;
 }
 
-void
-profiles_check_shape(Relation rel)
-{
-	static const SqlColumn columns[PROFILE_NCOLUMNS] = {
-		{"server", TEXTOID}, {"kind", TEXTOID}, {"entity_id", TEXTOID},
-		{"company_id", TEXTOID}, {"metadata", JSONBOID}, {"versions", JSONBOID},
-		{"attempts", INT4OID}, {"synced_at", TIMESTAMPTZOID},
-		{"believed_since", TIMESTAMPTZOID}, {"job", INT8OID}
-	};
-
-	sql_check_columns(rel, columns, PROFILE_NCOLUMNS);
-}
-
 Relation
 profiles_open_index(Relation rel)
 {
@@ -225,7 +219,7 @@ profiles_read(const char *server, int64 refresh_after, Profile **profiles, int n
 	if (n == 0)
 		return;
 	rel = table_open(sql_relid("userpilot_profiles"), AccessShareLock);
-	profiles_check_shape(rel);
+	sql_check_columns(rel, profiles_columns, PROFILE_NCOLUMNS);
 	index = profiles_open_index(rel);
 	slot = table_slot_create(rel, NULL);
 	scan = compat_index_beginscan(rel, index, GetActiveSnapshot(), PROFILE_NKEYS);

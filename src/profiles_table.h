@@ -9,6 +9,7 @@
 #include "utils/relcache.h"
 
 #include "profiles.h"
+#include "sql.h"
 
 enum
 {
@@ -34,8 +35,8 @@ enum
 	PROFILE_NKEYS
 };
 
-/* Raises unless the table has exactly the columns this library knows */
-extern void profiles_check_shape(Relation rel);
+/* As this library knows them */
+extern const SqlColumn profiles_columns[PROFILE_NCOLUMNS];
 
 /* Opens userpilot_profiles_pkey; raises unless it is the key as known */
 extern Relation profiles_open_index(Relation rel);

@@ -1,24 +1,16 @@
 /*
  * profiles_write.c
- *	  Profiles as the merge leaves them.
+ *	  Profiles as the merge leaves them, and what a job's records say.
  *
  * "versions" says which change wrote each key, compactly: a list of
  * [lsn, xid, order, keys...]; the one entry without keys is for every known
  * property that no other entry names.  So a profile whose keys were all
  * written by one change, the common case, has one short entry.
- *
- * Rows are written as a subscription's worker writes those of another server:
- * someone waits for a call's mark, and a statement takes several times longer.
- * Row triggers fire, but none for UPDATE OF columns.
  */
 #include "postgres.h"
 
 #include "access/genam.h"
-#include "access/table.h"
 #include "access/tableam.h"
-#include "access/xact.h"
-#include "commands/trigger.h"
-#include "executor/executor.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
 #include "utils/memutils.h"
@@ -30,7 +22,7 @@
 #include "compat.h"
 #include "payload.h"
 #include "profiles_table.h"
-#include "sql.h"
+#include "row_writer.h"
 
 /* ------------------------------------------------------------- versions */
 
@@ -182,31 +174,16 @@ company_build(const MergeEntity *entity, bool sent_only)
 
 typedef struct Writer
 {
-	Relation	rel;
+	RowWriter	rows;
 	Relation	index;
-	EState	   *estate;
-	ResultRelInfo *rri;
-	EPQState	epq;
-	TupleTableSlot *row;
-	TupleTableSlot *stored;
 	MemoryContext per_row;
 } Writer;
 
 static void
 open_writer(Writer *writer)
 {
-	writer->rel = table_open(sql_relid("userpilot_profiles"), RowExclusiveLock);
-	profiles_check_shape(writer->rel);
-	writer->index = profiles_open_index(writer->rel);
-	writer->estate = CreateExecutorState();
-	writer->estate->es_output_cid = GetCurrentCommandId(true);
-	writer->rri = makeNode(ResultRelInfo);
-	InitResultRelInfo(writer->rri, writer->rel, 0, NULL, 0);
-	ExecOpenIndices(writer->rri, false);
-	compat_eval_plan_qual_init(&writer->epq, writer->estate);
-	AfterTriggerBeginQuery();
-	writer->row = MakeSingleTupleTableSlot(RelationGetDescr(writer->rel), &TTSOpsVirtual);
-	writer->stored = table_slot_create(writer->rel, NULL);
+	row_writer_open(&writer->rows, "userpilot_profiles", profiles_columns, PROFILE_NCOLUMNS);
+	writer->index = profiles_open_index(writer->rows.rel);
 	writer->per_row = AllocSetContextCreate(CurrentMemoryContext, "userpilot profile",
 											ALLOCSET_DEFAULT_SIZES);
 }
@@ -214,73 +191,41 @@ open_writer(Writer *writer)
 static void
 close_writer(Writer *writer)
 {
-	AfterTriggerEndQuery(writer->estate);
-	EvalPlanQualEnd(&writer->epq);
-	/* what triggers opened */
-	ExecCloseResultRelations(writer->estate);
-	ExecResetTupleTable(writer->estate->es_tupleTable, false);
-	ExecDropSingleTupleTableSlot(writer->row);
-	ExecDropSingleTupleTableSlot(writer->stored);
-	ExecCloseIndices(writer->rri);
 	index_close(writer->index, NoLock);
-	table_close(writer->rel, NoLock);
-	FreeExecutorState(writer->estate);
+	row_writer_close(&writer->rows);
 	MemoryContextDelete(writer->per_row);
-	/* what is written next may be the same rows */
-	CommandCounterIncrement();
-}
-
-static void
-set(TupleTableSlot *row, int column, Datum value)
-{
-	row->tts_values[column] = value;
-	row->tts_isnull[column] = false;
-}
-
-/* As it is stored, or null */
-static void
-keep(TupleTableSlot *row, int column, TupleTableSlot *stored)
-{
-	if (TTS_EMPTY(stored) || stored->tts_isnull[column])
-		return;
-	set(row, column, stored->tts_values[column]);
 }
 
 /* Adds what was sent: the rest may have been made unknown meanwhile */
 static void
-set_learned(TupleTableSlot *row, const Profile *profile, TupleTableSlot *stored)
+set_learned(RowWriter *rows, Datum metadata, text *company)
 {
+	TupleTableSlot *stored = rows->stored;
 	Datum		now = TimestampTzGetDatum(GetCurrentTimestamp());
-	Datum		metadata = JsonbPGetDatum(metadata_build(profile->merge, true));
-	text	   *company = company_build(profile->merge, true);
 
-	set(row, PROFILE_SYNCED, now);
-	set(row, PROFILE_BELIEVED, now);
-	keep(row, PROFILE_BELIEVED, stored);
-	keep(row, PROFILE_COMPANY, stored);
+	row_set(rows, PROFILE_SYNCED, now);
+	row_set(rows, PROFILE_BELIEVED, now);
+	row_keep(rows, PROFILE_BELIEVED);
+	row_keep(rows, PROFILE_COMPANY);
 	if (company != NULL)
-		set(row, PROFILE_COMPANY, PointerGetDatum(company));
-	set(row, PROFILE_METADATA, TTS_EMPTY(stored) ? metadata :
+		row_set(rows, PROFILE_COMPANY, PointerGetDatum(company));
+	row_set(rows, PROFILE_METADATA, TTS_EMPTY(stored) ? metadata :
 		DirectFunctionCall2(jsonb_concat, stored->tts_values[PROFILE_METADATA], metadata));
-	if (TTS_EMPTY(stored))
-		set(row, PROFILE_VERSIONS, JsonbPGetDatum(versions_build(profile->merge)));
-	else
-		keep(row, PROFILE_VERSIONS, stored);
+	row_keep(rows, PROFILE_VERSIONS);
 }
 
 static void
-set_merged(TupleTableSlot *row, const Profile *profile, TupleTableSlot *stored)
+set_merged(RowWriter *rows, const MergeEntity *merge)
 {
-	Jsonb	   *metadata = metadata_build(profile->merge, false);
-	text	   *company = company_build(profile->merge, false);
+	Jsonb	   *metadata = metadata_build(merge, false);
+	text	   *company = company_build(merge, false);
 
-	keep(row, PROFILE_SYNCED, stored);
+	row_keep(rows, PROFILE_SYNCED);
 	if (company != NULL)
-		set(row, PROFILE_COMPANY, PointerGetDatum(company));
+		row_set(rows, PROFILE_COMPANY, PointerGetDatum(company));
 	if (company != NULL || JB_ROOT_COUNT(metadata) > 0)
-		keep(row, PROFILE_BELIEVED, stored);
-	set(row, PROFILE_METADATA, JsonbPGetDatum(metadata));
-	set(row, PROFILE_VERSIONS, JsonbPGetDatum(versions_build(profile->merge)));
+		row_keep(rows, PROFILE_BELIEVED);
+	row_set(rows, PROFILE_METADATA, JsonbPGetDatum(metadata));
 }
 
 /*
@@ -290,10 +235,10 @@ set_merged(TupleTableSlot *row, const Profile *profile, TupleTableSlot *stored)
 static bool
 lock_stored(Writer *writer)
 {
-	TupleTableSlot *row = writer->row;
-	TupleTableSlot *stored = writer->stored;
+	TupleTableSlot *row = writer->rows.row;
+	TupleTableSlot *stored = writer->rows.stored;
 	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
-	IndexScanDesc scan = compat_index_beginscan(writer->rel, writer->index, snapshot, PROFILE_NKEYS);
+	IndexScanDesc scan = compat_index_beginscan(writer->rows.rel, writer->index, snapshot, PROFILE_NKEYS);
 	ScanKeyData keys[PROFILE_NKEYS];
 	bool		found;
 
@@ -309,7 +254,7 @@ lock_stored(Writer *writer)
 		TM_FailureData failure;
 		TM_Result	result;
 
-		result = table_tuple_lock(writer->rel, &tid, snapshot, stored, GetCurrentCommandId(false),
+		result = table_tuple_lock(writer->rows.rel, &tid, snapshot, stored, GetCurrentCommandId(false),
 								  LockTupleNoKeyExclusive, LockWaitBlock,
 								  TUPLE_LOCK_FLAG_FIND_LAST_VERSION, &failure);
 		if (result != TM_Ok && result != TM_Deleted)
@@ -324,39 +269,40 @@ lock_stored(Writer *writer)
 	return found;
 }
 
+/* Whose row is to be written; whether it is there: see lock_stored() */
+static bool
+begin_row(Writer *writer, const char *server, UserpilotKind kind, const char *id, int len)
+{
+	RowWriter  *rows = &writer->rows;
+
+	row_begin(rows);
+	row_set(rows, PROFILE_SERVER, CStringGetTextDatum(server));
+	row_set(rows, PROFILE_KIND, CStringGetTextDatum(userpilot_kind_name(kind)));
+	row_set(rows, PROFILE_ENTITY, PointerGetDatum(cstring_to_text_with_len(id, len)));
+	return lock_stored(writer);
+}
+
 static void
 write_one(Writer *writer, const char *server, const Profile *profile, ProfileStep step)
 {
-	TupleTableSlot *row = writer->row;
-	TupleTableSlot *stored = writer->stored;
-	MemoryContext old;
-	bool		found;
+	RowWriter  *rows = &writer->rows;
+	MergeEntity *merge = profile->merge;
+	bool		found = begin_row(writer, server, profile->key.kind, profile->key.id,
+								  profile->key.len);
 
-	ExecClearTuple(row);
-	memset(row->tts_isnull, true, PROFILE_NCOLUMNS * sizeof(bool));
-	set(row, PROFILE_SERVER, CStringGetTextDatum(server));
-	set(row, PROFILE_KIND, CStringGetTextDatum(userpilot_kind_name(profile->key.kind)));
-	set(row, PROFILE_ENTITY, PointerGetDatum(cstring_to_text_with_len(profile->key.id, profile->key.len)));
-	found = lock_stored(writer);
 	if (step == PROFILE_LEARNED)
-		set_learned(row, profile, stored);
+		set_learned(rows, JsonbPGetDatum(metadata_build(merge, true)), company_build(merge, true));
 	else
-		set_merged(row, profile, stored);
-	set(row, PROFILE_ATTEMPTS, Int32GetDatum(profile->attempts));
+		set_merged(rows, merge);
+	if (step != PROFILE_LEARNED || !found)
+		row_set(rows, PROFILE_VERSIONS, JsonbPGetDatum(versions_build(merge)));
+	row_set(rows, PROFILE_ATTEMPTS, Int32GetDatum(profile->attempts));
 	if (profile->job != 0)
-		set(row, PROFILE_JOB, Int64GetDatum(profile->job));
-	ExecStoreVirtualTuple(row);
-
-	/* triggers keep things there from row to row */
-	old = MemoryContextSwitchTo(writer->estate->es_query_cxt);
+		row_set(rows, PROFILE_JOB, Int64GetDatum(profile->job));
 	if (found)
-		ExecSimpleRelationUpdate(writer->rri, writer->estate, &writer->epq, stored, row);
+		row_update(rows);
 	else
-		ExecSimpleRelationInsert(writer->rri, writer->estate, row);
-	MemoryContextSwitchTo(old);
-	ExecClearTuple(row);
-	ExecClearTuple(stored);
-	ResetPerTupleExprContext(writer->estate);
+		row_insert(rows);
 }
 
 void
@@ -372,6 +318,57 @@ profiles_write(const char *server, Profile **profiles, int n, ProfileStep step)
 		MemoryContext old = MemoryContextSwitchTo(writer.per_row);
 
 		write_one(&writer, server, profiles[i], step);
+		MemoryContextSwitchTo(old);
+		MemoryContextReset(writer.per_row);
+	}
+	close_writer(&writer);
+}
+
+/* ----------------------------------------------------------------- jobs */
+
+static JsonbValue *
+value_of(Jsonb *record, const char *key)
+{
+	return getKeyJsonValueFromContainer(&record->root, key, strlen(key), NULL);
+}
+
+static void
+learn_record(Writer *writer, const char *server, UserpilotKind kind, int64 job, char *json)
+{
+	Jsonb	   *record = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(json)));
+	bool		user = kind == USERPILOT_USER;
+	JsonbValue *id = value_of(record, user ? "user_id" : "company_id");
+	JsonbValue *company = user ? value_of(record, "company_id") : NULL;
+	JsonbValue *metadata = value_of(record, "metadata");
+	RowWriter  *rows = &writer->rows;
+	TupleTableSlot *stored = rows->stored;
+
+	if (id == NULL || id->type != jbvString || metadata == NULL)
+		elog(ERROR, "userpilot: a record of job " INT64_FORMAT " is not what was written", job);
+	if (!begin_row(writer, server, kind, id->val.string.val, id->val.string.len) ||
+		stored->tts_isnull[PROFILE_JOB] || DatumGetInt64(stored->tts_values[PROFILE_JOB]) != job)
+		return;
+	set_learned(rows, JsonbPGetDatum(JsonbValueToJsonb(metadata)),
+				company == NULL || company->type != jbvString ? NULL :
+				cstring_to_text_with_len(company->val.string.val, company->val.string.len));
+	row_set(rows, PROFILE_ATTEMPTS, Int32GetDatum(0));
+	row_update(rows);
+}
+
+void
+profiles_learn_records(const char *server, UserpilotKind kind, int64 job, char *records, int len)
+{
+	Writer		writer;
+	char	   *end = records + len;
+	char	   *newline;
+
+	open_writer(&writer);
+	for (; (newline = memchr(records, '\n', end - records)) != NULL; records = newline + 1)
+	{
+		MemoryContext old = MemoryContextSwitchTo(writer.per_row);
+
+		*newline = '\0';
+		learn_record(&writer, server, kind, job, records);
 		MemoryContextSwitchTo(old);
 		MemoryContextReset(writer.per_row);
 	}

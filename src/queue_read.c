@@ -10,6 +10,7 @@
 #include "access/relation.h"
 #include "access/table.h"
 #include "access/tableam.h"
+#include "access/twophase.h"
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
@@ -258,9 +259,10 @@ queue_batches(const char *server, MergeBatches *batches)
 		" FROM @.userpilot_batches WHERE server = $1 ORDER BY id", 1, {TEXTOID});
 	Datum		args[1] = {CStringGetTextDatum(server)};
 	MergeBatch *list;
-	int			n;
+	int			n = 0;
 
-	n = sql_execute(&statement, args, NULL, true);
+	if (sql_index_has_rows("userpilot_batches_pkey"))
+		n = sql_execute(&statement, args, NULL, true);
 	list = palloc0(Max(n, 1) * sizeof(MergeBatch));
 	for (int i = 0; i < n; i++)
 	{
@@ -276,7 +278,8 @@ queue_batches(const char *server, MergeBatches *batches)
 		list[i].xmax = U64FromFullTransactionId(DatumGetFullTransactionId(SPI_getbinval(tuple, desc, 5, &isnull)));
 		list[i].xip = read_xids(xips, &list[i].nxip);
 	}
-	SPI_freetuptable(SPI_tuptable);
+	if (n > 0)
+		SPI_freetuptable(SPI_tuptable);
 	merge_batches_init(batches, list, n);
 }
 
@@ -501,8 +504,11 @@ queue_prepared(void)
 		" AND relation = $1 AND mode = 'RowExclusiveLock' AND granted"
 		" AND database = (SELECT oid FROM pg_catalog.pg_database"
 		"  WHERE datname = pg_catalog.current_database())", 1, {OIDOID});
-	Datum		args[1] = {ObjectIdGetDatum(sql_relid("userpilot_queue"))};
+	Datum		args[1];
 
+	if (max_prepared_xacts == 0)
+		return 0;
+	args[0] = ObjectIdGetDatum(sql_relid("userpilot_queue"));
 	(void) sql_execute(&statement, args, NULL, true);
 	return sql_int64(1, 0);
 }

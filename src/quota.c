@@ -20,8 +20,9 @@
 #include "settings.h"
 
 /* A minute of ended calls, in bins of half a second of API time */
+#define MINUTE_MS (60 * 1000)
 #define BIN_MS 500
-#define BINS (60 * 1000 / BIN_MS + 1)
+#define BINS (MINUTE_MS / BIN_MS + 1)
 
 /* Records: more applications than this within a minute are not to be expected */
 #define MIN_APPLICATIONS 64
@@ -34,7 +35,7 @@
 
 /* What the ledgers of before say counts for a minute after a start (API ms);
  * until they are counted it is asked for again so often (real ms) */
-#define CLOSED_MS (60 * 1000)
+#define CLOSED_MS MINUTE_MS
 #define CLOSED_RETRY_MS 50
 
 /* A server's calls are counted by its database */
@@ -218,6 +219,26 @@ quota_calls_take(uint64 application, int per_minute, int wanted,
 
 	held_add(application, granted);
 	return granted;
+}
+
+int64
+quota_calls_until(uint64 application, int per_minute, int64 now, int64 until)
+{
+	int64		minutes = (until - now) / MINUTE_MS;
+	int64		last = now + (until - now) % MINUTE_MS;
+	int64		n = per_minute;
+	Application *app;
+
+	LWLockAcquire(shared->lock, LW_EXCLUSIVE);
+	app = application_find(application);
+	if (app != NULL)
+	{
+		n -= calls_counted(app, now);
+		for (int64 b = app->last_bin - BINS + 1; b <= app->last_bin && (b + BINS) * BIN_MS <= last; b++)
+			n += app->ended[b % BINS];
+	}
+	LWLockRelease(shared->lock);
+	return Max(n, 0) + minutes * per_minute;
 }
 
 /*

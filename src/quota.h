@@ -20,6 +20,9 @@ extern void quota_give_back(void);
 /* An application is told by its fingerprint; times are API ms */
 extern int	quota_calls_take(uint64 application, int per_minute, int wanted,
 							 int64 now, int64 *wait_until);
+/* How many may be started from now until then: what comes free of the last
+ * minute's calls, and all of them again each minute */
+extern int64 quota_calls_until(uint64 application, int per_minute, int64 now, int64 until);
 extern void quota_calls_seed(uint64 application, Oid server, int n, int64 now);
 /* ... which are not made after all */
 extern void quota_calls_return(uint64 application, int n);

@@ -32,9 +32,6 @@
 #define SOLO_INTERVAL_MS 1000
 #define SOLO_INTERVALS 30
 
-/* With more than this waiting, a job of most of them is the faster way */
-#define BACKLOG_ENTITIES 400
-
 void
 realtime_init(Sender *sender)
 {
@@ -47,12 +44,12 @@ realtime_init(Sender *sender)
 	dlist_init(&rt->calling);
 }
 
-/* More waits than a job would take: the bulk lane is to have its share */
+/* More waits than a minute's calls: the bulk lane is to have its share */
 bool
 realtime_backlogged(const Sender *sender)
 {
 	return sender->rt.overflow ||
-		(int) sender->rt.pending->members - sender->rt.solos > BACKLOG_ENTITIES;
+		(int) sender->rt.pending->members - sender->rt.solos > USERPILOT_REQUESTS_PER_MINUTE;
 }
 
 bool

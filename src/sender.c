@@ -37,6 +37,8 @@ sender_create(MemoryContext parent, Oid serverid, Http *http)
 	sender->http = http;
 	sender->env_context = AllocSetContextCreate(context, "userpilot environment",
 												ALLOCSET_SMALL_SIZES);
+	/* someone waits for its first call: the first report is due in a second */
+	sender->reported_at = clock_now();
 	realtime_init(sender);
 	bulk_init(sender);
 	return sender;
@@ -379,9 +381,10 @@ sender_report(Sender *sender, int64 now, bool force)
 	HistoryProgress p = {0};
 	const char *state = sender_state(sender);
 	int64		since = clock_real_ms(now - sender->reported_at);
+	bool		changed = sender->reported_state[0] != '\0' &&
+		strcmp(state, sender->reported_state) != 0;
 
-	if (!force && since < REPORT_MS && strcmp(state, sender->reported_state) == 0 &&
-		!sender->error_is_new)
+	if (!force && since < REPORT_MS && !changed && !sender->error_is_new)
 		return;
 
 	note_backlog(sender);

@@ -13,9 +13,23 @@
 /* With less to spare than that a job takes it along */
 #define HELP_MIN_ROWS 1000
 
+/* Records a second, and what a job's and calls' own time comes to (API ms) */
+#define RECORDS_PER_SECOND (USERPILOT_RECORDS_PER_MINUTE / 60)
+#define OWN_MS (10 * 1000)
+
+/* It knows all that waits for it, and nothing keeps it from calling */
+static bool
+realtime_helps(const Sender *sender)
+{
+	const Realtime *rt = &sender->rt;
+
+	return !rt->overflow && rt->lane.outages == 0 && rt->lane.throttled == 0 && !sender->paused;
+}
+
 /*
- * Of a real-time backlog the lane keeps its share of both lanes' capacity:
- * others with each pass, so that what is left of it is shared again.
+ * Of a real-time backlog of unknown length the lane keeps its share of both
+ * lanes' capacity: others with each pass, so that what is left of it is shared
+ * again.
  */
 static bool
 stays_in_realtime(const Sender *sender, uint32 hash)
@@ -27,7 +41,9 @@ stays_in_realtime(const Sender *sender, uint32 hash)
 bool
 share_bulk_row(const Sender *sender, const QueueRow *row, uint32 hash)
 {
-	return row->bulk || (realtime_backlogged(sender) && !stays_in_realtime(sender, hash));
+	if (row->bulk || !realtime_backlogged(sender))
+		return row->bulk;
+	return !sender->rt.overflow || !stays_in_realtime(sender, hash);
 }
 
 /*
@@ -66,9 +82,15 @@ room_for_help(const Sender *sender)
 	int			help = help_per_job(sender);
 	int			room = Min(help, 2 * help - (int) rt->pending->members);
 
-	if (rt->overflow || rt->lane.outages > 0 || rt->lane.throttled > 0 || sender->paused)
+	if (!realtime_helps(sender))
 		return 0;
 	return room >= HELP_MIN_ROWS ? room : 0;
+}
+
+static int64
+running_ms(const Bulk *bulk)
+{
+	return bulk->state == BULK_RUNNING ? Max(bulk->ends_at - clock_now(), 0) : 0;
 }
 
 /* What a job takes of the last unit so that both lanes end together: the
@@ -76,13 +98,52 @@ room_for_help(const Sender *sender)
 static int
 share_of_job(const Sender *sender, int entities)
 {
-	const Bulk *bulk = &sender->bulk;
-	int64		lead = bulk->state == BULK_RUNNING ? Max(bulk->ends_at - clock_now(), 0) : 0;
 	int64		to_share = entities + (int64) sender->rt.pending->members -
-		lead * help_per_minute(sender) / 60000;
+		running_ms(&sender->bulk) * help_per_minute(sender) / 60000;
 
 	return Max(to_share, 0) * USERPILOT_RECORDS_PER_MINUTE /
 		(USERPILOT_RECORDS_PER_MINUTE + help_per_minute(sender));
+}
+
+/* Entities that the real-time lane has before it and no job holds */
+static int
+count_waiting(const Sender *sender)
+{
+	entities_iterator iterator;
+	EntityEntry *entry;
+	int			n = 0;
+
+	entities_start_iterate(sender->rt.pending, &iterator);
+	while ((entry = entities_iterate(sender->rt.pending, &iterator)) != NULL)
+	{
+		const Pending *pending = entry->data;
+
+		n += pending->state == PENDING_WAITING && !pending->solo &&
+			!bulk_holds(sender, entry->key, entry->hash);
+	}
+	return n;
+}
+
+/*
+ * What a job takes of a real-time backlog whose length is known: as little as
+ * it can, so that the calls that may be made until its end suffice for the rest.
+ */
+static int
+share_of_backlog(const Sender *sender)
+{
+	int			calls = help_per_minute(sender);
+	int			waiting = count_waiting(sender);
+	int64		now = clock_now();
+	int64		ends_at = now + running_ms(&sender->bulk) + OWN_MS;
+	int			job = 0;
+
+	while (job < waiting &&
+		   quota_calls_until(sender->env->fingerprint, calls, now, ends_at) < waiting - job)
+	{
+		job += RECORDS_PER_SECOND;
+		ends_at += 1000;
+	}
+	return job;
 }
 
 /*
@@ -99,6 +160,8 @@ share_unit(const Sender *sender, const PlanUnit *unit, int *help)
 	int			limit = bulk->record_limit;
 
 	*help = 0;
+	if (unit->direct && realtime_helps(sender))
+		return Min(limit, share_of_backlog(sender));
 	if (!unit->bulk)
 		return limit;
 	if (later == 0 && goes_on && unit->entities - share >= HELP_MIN_ROWS &&

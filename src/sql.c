@@ -5,13 +5,18 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
+#include "access/table.h"
+#include "access/tableam.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/snapmgr.h"
 
+#include "compat.h"
 #include "environment.h"
 #include "sql.h"
 
@@ -91,6 +96,24 @@ sql_check_columns(Relation rel, const SqlColumn *columns, int n)
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("table %s is not what this version of userpilot expects", sql_table_name(rel)),
 				 errhint("Update the extension with ALTER EXTENSION userpilot UPDATE, or reconnect if the library is older.")));
+}
+
+bool
+sql_index_has_rows(const char *name)
+{
+	Relation	index = index_open(sql_relid(name), AccessShareLock);
+	Relation	rel = table_open(index->rd_index->indrelid, AccessShareLock);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	IndexScanDesc scan = compat_index_beginscan(rel, index, GetActiveSnapshot(), 0);
+	bool		found;
+
+	index_rescan(scan, NULL, 0, NULL, 0);
+	found = index_getnext_slot(scan, ForwardScanDirection, slot);
+	index_endscan(scan);
+	ExecDropSingleTupleTableSlot(slot);
+	table_close(rel, AccessShareLock);
+	index_close(index, AccessShareLock);
+	return found;
 }
 
 int

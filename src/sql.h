@@ -38,6 +38,9 @@ typedef struct SqlColumn
 /* Raises unless it has exactly these columns */
 extern void sql_check_columns(Relation rel, const SqlColumn *columns, int n);
 
+/* Whether an index leads to any row, without a statement */
+extern bool sql_index_has_rows(const char *index);
+
 /* SPI_connect, but the caller's memory context stays: what is read may live
  * longer than SPI does */
 extern void sql_connect(void);

@@ -502,16 +502,23 @@ sweep_unit(Sweep *sweep, const PlanUnit *unit, bool solo)
 		sweep->job_limit = share_unit(sender, unit, &sweep->help);
 	for (int g = 0; g < unit->ngroups; g++)
 	{
-		MemoryContext old = MemoryContextSwitchTo(sweep->group_context);
+		MemoryContext old;
+
+		if (!solo && sweep->help == 0 && !fits_job(sweep))
+		{
+			sweep->left_out = true;
+			break;
+		}
+		old = MemoryContextSwitchTo(sweep->group_context);
 
 		sweep->table = entities_create(sweep->group_context, PLAN_GROUP, NULL);
-		sweep->nswept = sweep->njob = 0;
 		memset(&sweep->passed_over, 0, sizeof(sweep->passed_over));
 		queue_visit(sender->env->server, view, unit->tids + start, unit->ends[g] - start,
 					sweep_row, sweep);
 		queue_visit(sender->env->server, view, sweep->passed_over.tids, sweep->passed_over.n,
 					sweep_passed_over, sweep);
 		decide(sweep);
+		sweep->nswept = sweep->njob = 0;
 		start = unit->ends[g];
 		MemoryContextSwitchTo(old);
 		MemoryContextReset(sweep->group_context);

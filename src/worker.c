@@ -331,8 +331,8 @@ step_sender(Sender *sender)
 	if (bulk_done_due(sender, now))
 	{
 		begin_step();
-		bulk_delete_done(sender);
-		sender_report(sender, now, true);
+		bulk_learn_done(sender);
+		sender_report(sender, now, sender->bulk.done->job.id == 0);
 		step_end(false);
 		did = true;
 	}
@@ -362,19 +362,18 @@ step_watch(void)
 
 	begin_step();
 	prepared = queue_prepared();
-	for (int i = 0; i < nsenders; i++)
-		ledger_prune(senders[i]->env->server, sender_call_delay(senders[i]->env));
 	step_end(false);
 	/* one was decided, perhaps, with rows that no look can see */
 	look_at_all |= prepared != before;
 }
 
+/* What is of no use any more */
 static void
-step_prune(void)
+prune(void)
 {
-	begin_step();
 	history_prune();
-	step_end(false);
+	for (int i = 0; i < nsenders; i++)
+		ledger_prune(senders[i]->env->server, sender_call_delay(senders[i]->env));
 }
 
 static bool
@@ -402,7 +401,7 @@ anything_left(void)
 		sender_report(senders[i], clock_now(), true);
 	}
 	if (!left)
-		history_prune();
+		prune();
 	step_end(false);
 	return left;
 }
@@ -473,7 +472,9 @@ watch(int64 *pruned_at)
 	step_watch();
 	if (now - *pruned_at >= PRUNE_MS)
 	{
-		step_prune();
+		begin_step();
+		prune();
+		step_end(false);
 		*pruned_at = now;
 	}
 	return true;
@@ -590,9 +591,8 @@ serve(void)
 				return;
 		}
 		first = false;
-		if (did)
-			continue;
-		wait_for_work(busy_at + IDLE_MS);
+		/* what is under way goes on meanwhile */
+		wait_for_work(did ? 0 : busy_at + IDLE_MS);
 	}
 }
 

@@ -26,7 +26,7 @@ LAYERS = [
     [["quota"], ["environment"]],
     # slots, in shared memory; SQL in the extension's own schema; rows of
     # a table as its trigger maps them
-    [["state", "state_slot", "state_worker", "state_launcher"], ["sql"]],
+    [["state", "state_slot", "state_worker", "state_launcher"], ["sql", "row_writer"]],
     # one table, or a few that belong together, each; environment_enabled is
     # of environment.h, but reads a table
     [["queue", "queue_table", "queue_batch", "queue_look",

@@ -199,6 +199,18 @@ until_true(
 		return sql(q{SELECT count(*) FROM userpilot_queue WHERE entity_id LIKE 'd%'}) == 0;
 	});
 
+# --- both lanes end together ---
+
+until_true('the worker has left', \&no_worker);
+sql(q{SELECT userpilot_disable('userpilot')});
+one_by_one('company', 's', 2000);
+my $jobs = sql('SELECT count(*) FROM userpilot_jobs');
+sql(q{SELECT userpilot_enable('userpilot')});
+delivered($node, 'postgres');
+is(sql('SELECT count(*) FROM userpilot_jobs') - $jobs, 1, 'a real-time backlog is one job ...');
+cmp_ok(sql('SELECT records FROM userpilot_jobs ORDER BY id DESC LIMIT 1'),
+	'<', 1450, '... of what a minute\'s calls and those of its last seconds cannot do');
+
 # --- progress ---
 
 sql(q{SELECT userpilot_bulk_identify_companies('p' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 24000) i});
@@ -222,8 +234,8 @@ is("@fell", '', '... and never fell');
 $node->safe_psql('postgres', 'CREATE DATABASE second');
 create_environment($node, 'second', $api, server => 'other');
 $api->pause;
-one_by_one('company', 'k', 300);
-one_by_one('user', 'u', 300);
+one_by_one('company', 'k', 600);
+one_by_one('user', 'u', 600);
 sql(q{SET userpilot.server = 'other';
 	SELECT userpilot_bulk_identify_companies('o' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 50) i}, 'second');
 $api->go_on;
