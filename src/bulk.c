@@ -283,7 +283,9 @@ bulk_completed(Sender *sender)
 	bulk_set_done(sender);
 	bulk->last_completed = 0;
 	bulk->lost = 0;
-	if (bulk->record_limit < USERPILOT_MAX_RECORDS && ++bulk->since_shrunk >= GROW_JOBS)
+	bulk->since_shrunk += bulk->current->job.records;
+	if (bulk->record_limit < USERPILOT_MAX_RECORDS &&
+		bulk->since_shrunk >= GROW_JOBS * (int64) bulk->record_limit)
 	{
 		bulk->since_shrunk = 0;
 		bulk->record_limit = Min(bulk->record_limit * 2, USERPILOT_MAX_RECORDS);

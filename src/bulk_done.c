@@ -2,10 +2,11 @@
  * bulk_done.c
  *	  What an acknowledged job said is learnt, and its rows leave the queue.
  *
- * Not with its acknowledgement but while the next job runs: the API's slot,
- * which is what bulk delivery is short of, is free meanwhile.  Until then its
- * entities are held.  A worker that finds such a job learns it first, and the
- * next sweep finds nothing to send for its rows.
+ * Not with its acknowledgement but while the next job runs, if that can be made
+ * of what is planned: the API's slot, which is what bulk delivery is short of,
+ * is free meanwhile.  Until then its entities are held.  A worker that finds
+ * such a job learns it first, and the next sweep finds nothing to send for its
+ * rows.
  */
 #include "postgres.h"
 

@@ -148,8 +148,8 @@ jobs_unfinished(const char *server, Job **jobs)
 
 	*jobs = NULL;
 	/* nearly always: a worker starts, and someone waits for it */
-	if (!sql_index_has_rows("userpilot_jobs_open") &&
-		!sql_index_has_rows("userpilot_job_chunks_pkey"))
+	if (!sql_index_has_rows("userpilot_jobs", "userpilot_jobs_open") &&
+		!sql_index_has_rows("userpilot_job_chunks", "userpilot_job_chunks_pkey"))
 		return 0;
 	n = sql_execute(&statement, args, NULL, true);
 	*jobs = palloc0(Max(n, 1) * sizeof(Job));

@@ -118,8 +118,8 @@ open_starts(RowWriter *writer)
 	found = table_scan_getnextslot(scan, ForwardScanDirection, writer->stored);
 	if (found)
 	{
-		slot_getallattrs(writer->stored);
 		ExecMaterializeSlot(writer->stored);
+		slot_getallattrs(writer->stored);
 	}
 	table_endscan(scan);
 	return found;

@@ -31,7 +31,7 @@ typedef struct OpenUnit
 {
 	int			entities;
 	bool		bulk;
-	bool		direct;
+	int			direct;
 	Size		bytes;
 	PlanRow    *rows;
 	int			n;
@@ -102,7 +102,7 @@ unit_for(Plan *plan, UserpilotKind kind)
 	if (plan->nunits == lengthof(plan->units) || plan->rows >= MAX_ROWS)
 		return NULL;
 	unit = plan->open[kind] = &plan->units[plan->nunits++];
-	unit->bulk = unit->direct = true;
+	unit->bulk = true;
 	return unit;
 }
 
@@ -120,7 +120,7 @@ find(const Plan *plan, EntityKey key, uint32 hash)
 
 /* The entity's place; NULL if it has none and there is no unit for it */
 static Place *
-place_of(Plan *plan, EntityKey key, uint32 hash, bool solo)
+place_of(Plan *plan, EntityKey key, uint32 hash, bool bulk, bool solo)
 {
 	uint32		bit = hash % FILTER_BITS;
 	OpenUnit   *unit;
@@ -133,6 +133,7 @@ place_of(Plan *plan, EntityKey key, uint32 hash, bool solo)
 	unit = solo ? &plan->units[SOLO] : unit_for(plan, key.kind);
 	if (unit == NULL || unit->entities / PLAN_GROUP > PG_UINT16_MAX)
 		return NULL;
+	unit->direct += !bulk;
 	place = MemoryContextAlloc(plan->pass_context, sizeof(Place) + key.len);
 	place->unit = unit;
 	place->group = unit->entities++ / PLAN_GROUP;
@@ -148,7 +149,7 @@ static bool
 add(Plan *plan, EntityKey key, uint32 hash, const ItemPointerData *tid, bool bulk,
 	Size bytes, bool solo)
 {
-	Place	   *place = place_of(plan, key, hash, solo);
+	Place	   *place = place_of(plan, key, hash, bulk, solo);
 	OpenUnit   *unit;
 
 	if (place == NULL)
@@ -164,7 +165,6 @@ add(Plan *plan, EntityKey key, uint32 hash, const ItemPointerData *tid, bool bul
 	unit->rows[unit->n].tid = *tid;
 	unit->rows[unit->n++].group = place->group;
 	unit->bulk &= bulk;
-	unit->direct &= !bulk;
 	unit->bytes += bytes;
 	plan->rows++;
 	return true;

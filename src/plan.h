@@ -26,7 +26,7 @@ typedef struct PlanUnit
 {
 	int			entities;
 	bool		bulk;			/* all of it queued as bulk */
-	bool		direct;			/* nothing of it is */
+	int			direct;			/* entities that are there for a direct change */
 	ItemPointerData *tids;		/* group by group */
 	int			ngroups;
 	int		   *ends;			/* of the groups, in tids */

@@ -261,7 +261,7 @@ queue_batches(const char *server, MergeBatches *batches)
 	MergeBatch *list;
 	int			n = 0;
 
-	if (sql_index_has_rows("userpilot_batches_pkey"))
+	if (sql_index_has_rows("userpilot_batches", "userpilot_batches_pkey"))
 		n = sql_execute(&statement, args, NULL, true);
 	list = palloc0(Max(n, 1) * sizeof(MergeBatch));
 	for (int i = 0; i < n; i++)

@@ -234,7 +234,8 @@ quota_calls_until(uint64 application, int per_minute, int64 now, int64 until)
 	if (app != NULL)
 	{
 		n -= calls_counted(app, now);
-		for (int64 b = app->last_bin - BINS + 1; b <= app->last_bin && (b + BINS) * BIN_MS <= last; b++)
+		for (int64 b = Max(app->last_bin - BINS + 1, 0);
+			 b <= app->last_bin && (b + BINS) * BIN_MS <= last; b++)
 			n += app->ended[b % BINS];
 	}
 	LWLockRelease(shared->lock);

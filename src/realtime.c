@@ -32,6 +32,9 @@
 #define SOLO_INTERVAL_MS 1000
 #define SOLO_INTERVALS 30
 
+/* With fewer waiting a job is not worth while, however low the limit */
+#define BACKLOG_ENTITIES 400
+
 void
 realtime_init(Sender *sender)
 {
@@ -49,7 +52,8 @@ bool
 realtime_backlogged(const Sender *sender)
 {
 	return sender->rt.overflow ||
-		(int) sender->rt.pending->members - sender->rt.solos > USERPILOT_REQUESTS_PER_MINUTE;
+		(int) sender->rt.pending->members - sender->rt.solos >
+		Max(sender->env->requests_per_minute, BACKLOG_ENTITIES);
 }
 
 bool

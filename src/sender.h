@@ -145,8 +145,8 @@ typedef struct Bulk
 	BlockNumber position;		/* the next sweep begins here */
 	bool		dirty;			/* something may be there to sweep */
 	bool		after_solos;	/* ... once the real-time lane has sent them */
-	int			record_limit;	/* halved by 413, doubled after ten jobs */
-	int			since_shrunk;	/* jobs taken since then */
+	int			record_limit;	/* halved by 413, doubled after ten such jobs */
+	int64		since_shrunk;	/* records taken since then */
 	int64		next_at;
 	int64		since;			/* submitted, or waiting for the slot */
 	int64		ends_at;		/* when the running job should be over */

@@ -27,9 +27,8 @@ realtime_helps(const Sender *sender)
 }
 
 /*
- * Of a real-time backlog of unknown length the lane keeps its share of both
- * lanes' capacity: others with each pass, so that what is left of it is shared
- * again.
+ * Of a real-time backlog the lane keeps its share of both lanes' capacity:
+ * others with each pass, so that what is left of it is shared again.
  */
 static bool
 stays_in_realtime(const Sender *sender, uint32 hash)
@@ -38,12 +37,13 @@ stays_in_realtime(const Sender *sender, uint32 hash)
 		(USERPILOT_REQUESTS_PER_MINUTE + USERPILOT_RECORDS_PER_MINUTE) < USERPILOT_REQUESTS_PER_MINUTE;
 }
 
+/* ... unless it can be told what is left for it: share_of_backlog() */
 bool
 share_bulk_row(const Sender *sender, const QueueRow *row, uint32 hash)
 {
 	if (row->bulk || !realtime_backlogged(sender))
 		return row->bulk;
-	return !sender->rt.overflow || !stays_in_realtime(sender, hash);
+	return realtime_helps(sender) || !stays_in_realtime(sender, hash);
 }
 
 /*
@@ -125,16 +125,17 @@ count_waiting(const Sender *sender)
 }
 
 /*
- * What a job takes of a real-time backlog whose length is known: as little as
- * it can, so that the calls that may be made until its end suffice for the rest.
+ * What a job takes of a real-time backlog whose length is known, beside so many
+ * others: as little as it can, so that the calls that may be made until its end
+ * suffice for the rest.
  */
 static int
-share_of_backlog(const Sender *sender)
+share_of_backlog(const Sender *sender, int others)
 {
-	int			calls = help_per_minute(sender);
+	int			calls = realtime_solo_limit(sender->env->requests_per_minute);
 	int			waiting = count_waiting(sender);
 	int64		now = clock_now();
-	int64		ends_at = now + running_ms(&sender->bulk) + OWN_MS;
+	int64		ends_at = now + running_ms(&sender->bulk) + others * 1000 / RECORDS_PER_SECOND + OWN_MS;
 	int			job = 0;
 
 	while (job < waiting &&
@@ -147,27 +148,26 @@ share_of_backlog(const Sender *sender)
 }
 
 /*
- * The last unit of a backlog is shared; what is no more than a job from the
+ * The last unit of a bulk backlog is shared; what is no more than a job from the
  * start is never split.
  */
-int
-share_unit(const Sender *sender, const PlanUnit *unit, int *help)
+Share
+share_unit(const Sender *sender, const PlanUnit *unit)
 {
 	const Bulk *bulk = &sender->bulk;
 	int			later = plan_rows(bulk->plan);
-	int			share = share_of_job(sender, unit->entities);
+	int			of_bulk = share_of_job(sender, unit->entities);
 	bool		goes_on = bulk->done->job.id != 0 || bulk->current->entities != NULL;
-	int			limit = bulk->record_limit;
+	Share		share = {bulk->record_limit, unit->direct, 0};
 
-	*help = 0;
-	if (unit->direct && realtime_helps(sender))
-		return Min(limit, share_of_backlog(sender));
+	if (unit->direct > 0 && realtime_helps(sender))
+		share.direct = share_of_backlog(sender, unit->entities - unit->direct);
 	if (!unit->bulk)
-		return limit;
-	if (later == 0 && goes_on && unit->entities - share >= HELP_MIN_ROWS &&
-		room_for_help(sender) >= unit->entities - share)
-		limit = Min(limit, share);
-	if (later + unit->entities - limit >= HELP_MIN_ROWS)
-		*help = room_for_help(sender);
-	return limit;
+		return share;
+	if (later == 0 && goes_on && unit->entities - of_bulk >= HELP_MIN_ROWS &&
+		room_for_help(sender) >= unit->entities - of_bulk)
+		share.limit = Min(share.limit, of_bulk);
+	if (later + unit->entities - share.limit >= HELP_MIN_ROWS)
+		share.help = room_for_help(sender);
+	return share;
 }

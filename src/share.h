@@ -14,8 +14,14 @@ extern bool share_bulk_row(const Sender *sender, const QueueRow *row, uint32 has
 /* What both lanes can send while a job runs */
 extern int	share_entities_per_unit(const Sender *sender);
 
-/* How many entities of a unit the job takes at most; of the others the
- * real-time lane takes so many (*help) */
-extern int	share_unit(const Sender *sender, const PlanUnit *unit, int *help);
+/* What a job takes of a unit */
+typedef struct Share
+{
+	int			limit;			/* entities at most ... */
+	int			direct;			/* ... of those that are there for a direct change */
+	int			help;			/* of the others the real-time lane takes so many */
+} Share;
+
+extern Share share_unit(const Sender *sender, const PlanUnit *unit);
 
 #endif

@@ -99,20 +99,30 @@ sql_check_columns(Relation rel, const SqlColumn *columns, int n)
 }
 
 bool
-sql_index_has_rows(const char *name)
+sql_index_has_rows(const char *table, const char *name)
 {
-	Relation	index = index_open(sql_relid(name), AccessShareLock);
-	Relation	rel = table_open(index->rd_index->indrelid, AccessShareLock);
-	TupleTableSlot *slot = table_slot_create(rel, NULL);
-	IndexScanDesc scan = compat_index_beginscan(rel, index, GetActiveSnapshot(), 0);
-	bool		found;
+	/* the table first, as everybody locks them */
+	Relation	rel = table_open(sql_relid(table), AccessShareLock);
+	Oid			indexid = get_relname_relid(name, RelationGetNamespace(rel));
+	bool		found = true;
 
-	index_rescan(scan, NULL, 0, NULL, 0);
-	found = index_getnext_slot(scan, ForwardScanDirection, slot);
-	index_endscan(scan);
-	ExecDropSingleTupleTableSlot(slot);
-	table_close(rel, AccessShareLock);
-	index_close(index, AccessShareLock);
+	if (list_member_oid(RelationGetIndexList(rel), indexid))
+	{
+		Relation	index = index_open(indexid, AccessShareLock);
+		TupleTableSlot *slot = table_slot_create(rel, NULL);
+		IndexScanDesc scan;
+
+		if (index->rd_index->indisvalid)
+		{
+			scan = compat_index_beginscan(rel, index, GetActiveSnapshot(), 0);
+			index_rescan(scan, NULL, 0, NULL, 0);
+			found = index_getnext_slot(scan, ForwardScanDirection, slot);
+			index_endscan(scan);
+		}
+		ExecDropSingleTupleTableSlot(slot);
+		index_close(index, NoLock);
+	}
+	table_close(rel, NoLock);
 	return found;
 }
 

@@ -38,8 +38,9 @@ typedef struct SqlColumn
 /* Raises unless it has exactly these columns */
 extern void sql_check_columns(Relation rel, const SqlColumn *columns, int n);
 
-/* Whether an index leads to any row, without a statement */
-extern bool sql_index_has_rows(const char *index);
+/* Whether one of a table's indexes leads to any row, without a statement; true
+ * if there is no such index */
+extern bool sql_index_has_rows(const char *table, const char *index);
 
 /* SPI_connect, but the caller's memory context stays: what is read may live
  * longer than SPI does */

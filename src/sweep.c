@@ -67,9 +67,8 @@ typedef struct Sweep
 	bool		solo_waits;
 
 	/* what a unit may become */
-	int			job_limit;
+	Share		share;
 	bool		full;
-	int			help;			/* entities the real-time lane may take */
 	int			help_rows;
 	Size		help_bytes;
 	JobWriter	job;
@@ -179,11 +178,19 @@ pass(Sweep *sweep)
 /* ------------------------------------------------------ a group's entities */
 
 static bool
-fits_job(const Sweep *sweep)
+fits_job(const Sweep *sweep, bool direct)
 {
 	int			taken = sweep->sender->bulk.next->job.records;
 
-	return !sweep->full && taken + sweep->njob < sweep->job_limit;
+	return !sweep->full && taken + sweep->njob < sweep->share.limit &&
+		(!direct || sweep->share.direct > 0);
+}
+
+/* Whether nothing more of the unit goes anywhere now */
+static bool
+is_served(const Sweep *sweep, const PlanUnit *unit)
+{
+	return sweep->share.help == 0 && !fits_job(sweep, unit->direct == unit->entities);
 }
 
 /* Whether, and as what, a row's entity is taken along */
@@ -213,9 +220,9 @@ sort_of(Sweep *sweep, const QueueRow *row, EntityKey key, uint32 hash, SweepSort
 	}
 	else if (!share_bulk_row(sweep->sender, row, hash))
 		return false;
-	else if (fits_job(sweep))
+	else if (fits_job(sweep, !row->bulk))
 		*sort = SWEEP_JOB;
-	else if (row->bulk && sweep->help > 0 && sweep->help_rows < HELP_ROWS &&
+	else if (row->bulk && sweep->share.help > 0 && sweep->help_rows < HELP_ROWS &&
 			 sweep->help_bytes < HELP_BYTES)
 		*sort = SWEEP_HELP;
 	else
@@ -227,7 +234,7 @@ sort_of(Sweep *sweep, const QueueRow *row, EntityKey key, uint32 hash, SweepSort
 }
 
 static Swept *
-admit(Sweep *sweep, EntityKey key, uint32 hash, SweepSort sort)
+admit(Sweep *sweep, EntityKey key, uint32 hash, SweepSort sort, bool direct)
 {
 	Swept	   *swept = palloc0(sizeof(Swept));
 	bool		found;
@@ -240,9 +247,10 @@ admit(Sweep *sweep, EntityKey key, uint32 hash, SweepSort sort)
 	{
 		swept->profile.merge = merge_begin(&sweep->sender->bulk.batches);
 		sweep->njob++;
+		sweep->share.direct -= direct;
 	}
 	else if (sort == SWEEP_HELP)
-		sweep->help--;
+		sweep->share.help--;
 	sweep->swept[sweep->nswept++] = swept;
 	return swept;
 }
@@ -288,7 +296,7 @@ sweep_row(const QueueRow *row, void *arg)
 
 	/* never more than was planned, whatever was done to the table by hand */
 	if (swept == NULL && sweep->nswept < PLAN_GROUP && sort_of(sweep, row, key, hash, &sort))
-		swept = admit(sweep, key, hash, sort);
+		swept = admit(sweep, key, hash, sort, !row->bulk);
 	if (swept != NULL)
 		add_row(sweep, swept, row);
 	else if (!row->bulk)
@@ -497,14 +505,14 @@ sweep_unit(Sweep *sweep, const PlanUnit *unit, bool solo)
 	int			start = 0;
 
 	if (solo)
-		sweep->job_limit = sweep->help = 0;
+		memset(&sweep->share, 0, sizeof(sweep->share));
 	else
-		sweep->job_limit = share_unit(sender, unit, &sweep->help);
+		sweep->share = share_unit(sender, unit);
 	for (int g = 0; g < unit->ngroups; g++)
 	{
 		MemoryContext old;
 
-		if (!solo && sweep->help == 0 && !fits_job(sweep))
+		if (!solo && is_served(sweep, unit))
 		{
 			sweep->left_out = true;
 			break;

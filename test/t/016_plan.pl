@@ -201,15 +201,33 @@ until_true(
 
 # --- both lanes end together ---
 
-until_true('the worker has left', \&no_worker);
-sql(q{SELECT userpilot_disable('userpilot')});
-one_by_one('company', 's', 2000);
-my $jobs = sql('SELECT count(*) FROM userpilot_jobs');
-sql(q{SELECT userpilot_enable('userpilot')});
-delivered($node, 'postgres');
-is(sql('SELECT count(*) FROM userpilot_jobs') - $jobs, 1, 'a real-time backlog is one job ...');
-cmp_ok(sql('SELECT records FROM userpilot_jobs ORDER BY id DESC LIMIT 1'),
-	'<', 1450, '... of what a minute\'s calls and those of its last seconds cannot do');
+# Changes of so many companies, so many a transaction, all there when delivery
+# begins; the records of the one job
+sub one_job
+{
+	my ($prefix, $transactions, $each) = @_;
+	my $jobs = sql('SELECT count(*) FROM userpilot_jobs');
+
+	until_true('the worker has left', \&no_worker);
+	sql(q{SELECT userpilot_disable('userpilot')});
+	sql(qq{DO \$\$
+		BEGIN
+			FOR i IN 1..$transactions LOOP
+				PERFORM userpilot_identify_company('$prefix' || i || '-' || j, '{"a": 1}') FROM generate_series(1, $each) j;
+				COMMIT;
+			END LOOP;
+		END \$\$});
+	sql(q{SELECT userpilot_enable('userpilot')});
+	delivered($node, 'postgres');
+	is(sql('SELECT count(*) FROM userpilot_jobs') - $jobs, 1, 'a backlog is one job');
+	return sql('SELECT records FROM userpilot_jobs ORDER BY id DESC LIMIT 1');
+}
+
+cmp_ok(one_job('s', 40, 50), '<', 1450, '... of what the calls that may be made until its end cannot do');
+# what a transaction queues beyond its first 100 rows is bulk
+my $records = one_job('m', 20, 250);
+cmp_ok($records, '>=', 3000, '... of all that was queued as bulk ...');
+cmp_ok($records, '<', 3600, '... and of the rest no more than that');
 
 # --- progress ---
 
