@@ -164,7 +164,8 @@ realtime_look_again(Sender *sender)
 
 /* ------------------------------------------------------------- the wave */
 
-/* How many entities may be made ready now */
+/* How many entities may be made ready now; none as long as those that are keep
+ * all connections busy, as each wave is a flush */
 static int
 wave_room(const Sender *sender, int64 now)
 {
@@ -174,6 +175,8 @@ wave_room(const Sender *sender, int64 now)
 	if (!sender_may_send(sender) || now < rt->lane.not_before)
 		return 0;
 	room = sender->env->connections * REALTIME_READY_PER_CONNECTION - rt->nready - rt->ncalling;
+	if (rt->nready >= sender->env->connections)
+		room = 0;
 	/* an open circuit lets one probe through at a time */
 	if (rt->lane.outages > 0 || rt->lane.throttled > 0 || sender->paused)
 		room = rt->nready + rt->ncalling > 0 ? 0 : 1;
