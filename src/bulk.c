@@ -280,10 +280,10 @@ bulk_completed(Sender *sender)
 	news.finished = true;
 	jobs_update(bulk->current->job.id, &news);
 	state_worker_progress();
+	bulk->since_shrunk += bulk->current->job.records;
 	bulk_set_done(sender);
 	bulk->last_completed = 0;
 	bulk->lost = 0;
-	bulk->since_shrunk += bulk->current->job.records;
 	if (bulk->record_limit < USERPILOT_MAX_RECORDS &&
 		bulk->since_shrunk >= GROW_JOBS * (int64) bulk->record_limit)
 	{

@@ -91,6 +91,7 @@ sender_reload(Sender *sender)
 	Environment *env = environment_load(sender->serverid);
 	bool		reshaped;
 	bool		rekeyed;
+	bool		relimited;
 
 	MemoryContextSwitchTo(old);
 	if (env == NULL)
@@ -111,9 +112,13 @@ sender_reload(Sender *sender)
 	reshaped = sender->env != NULL && !shape_excludes_same(&sender->env->shape, &env->shape);
 	rekeyed = sender->env != NULL && (env->problem != NULL ||
 									  env->fingerprint != sender->env->fingerprint);
+	/* what was none before may be a backlog now */
+	relimited = sender->env != NULL && env->requests_per_minute != sender->env->requests_per_minute;
 	MemoryContextDelete(sender->env_context);
 	sender->env_context = context;
 	sender->env = env;
+	if (relimited && realtime_backlogged(sender))
+		sender->bulk.dirty = true;
 	if (reshaped || rekeyed)
 		realtime_withdraw(sender);
 	if (reshaped)

@@ -161,7 +161,7 @@ share_unit(const Sender *sender, const PlanUnit *unit)
 	Share		share = {bulk->record_limit, unit->direct, 0};
 
 	if (unit->direct > 0 && realtime_helps(sender))
-		share.direct = share_of_backlog(sender, unit->entities - unit->direct);
+		share.direct = share_of_backlog(sender, Max(unit->entities - unit->direct - sender->rt.solos, 0));
 	if (!unit->bulk)
 		return share;
 	if (later == 0 && goes_on && unit->entities - of_bulk >= HELP_MIN_ROWS &&
