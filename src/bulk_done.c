@@ -156,7 +156,8 @@ delete_rows(const JobRow *rows, int n)
 	return all;
 }
 
-/* In one commit with what is said of it, so that progress never falls */
+/* All of it that is left: rows in one commit with what is said of them, so that
+ * progress never falls */
 void
 bulk_delete_done(Sender *sender)
 {
@@ -178,7 +179,7 @@ bulk_delete_done(Sender *sender)
 	realtime_look_again(sender);
 }
 
-/* A part of it: what is fresh is not to wait for 10,000 records */
+/* One step of that: what is fresh is not to wait for 10,000 records */
 void
 bulk_learn_done(Sender *sender)
 {

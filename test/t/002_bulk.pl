@@ -156,9 +156,10 @@ foreach my $size (1, 9999, 10000, 10001)
 my $add = 'ADD';
 foreach my $format (('json', 'ndjson') x 3)
 {
-	my $select = 'SELECT id, metadata FROM account_meta WHERE id <= 2000';
+	my $select = 'SELECT id, metadata FROM account_meta WHERE id <= 2000 ORDER BY id';
 
 	start_over();
+	$api->fault({ job => 'stuck' }, match => { path => '/bulk_identify$' });
 	sql(q{SELECT userpilot_identify_company(1, '{"name":"so that a worker runs"}')});
 	delivered($node, 'postgres');
 	sql("ALTER SERVER userpilot OPTIONS ($add bulk_format '$format');
@@ -169,6 +170,8 @@ foreach my $format (('json', 'ndjson') x 3)
 	is( sql(q{SELECT md5(string_agg(records, '' ORDER BY seq)) FROM userpilot_job_chunks}),
 		sql("SELECT md5(userpilot_companies_ndjson(id, metadata)) FROM ($select) s"),
 		'... with the payload that userpilot_companies_ndjson shows');
+	$api->no_faults;
+	$api->finish_jobs;
 	delivered($node, 'postgres');
 	is( sql(q{SELECT format || ' ' || bytes FROM userpilot_jobs}),
 		"$format " . sql("SELECT octet_length(userpilot_companies_ndjson(id, metadata)) FROM ($select) s"),

@@ -229,6 +229,20 @@ my $records = one_job('m', 20, 250);
 cmp_ok($records, '>=', 3000, '... of all that was queued as bulk ...');
 cmp_ok($records, '<', 3600, '... and of the rest no more than that');
 
+# --- smaller jobs after 413, and larger again ---
+
+$api->fault({ status => 413 }, match => { path => '/bulk_identify$' }, times => 1);
+$api->fault({ job => 'stuck' }, match => { path => '/bulk_identify$' }, times => undef);
+sql(q{SELECT userpilot_bulk_identify_companies('large' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 40) i});
+until_true('a job is half as large', sub { return sql('SELECT max(records) FROM userpilot_jobs WHERE finished_at IS NULL AND submitted_at IS NOT NULL') eq '20' });
+sql(q{SELECT userpilot_bulk_identify_users('large' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 400) i});
+$api->no_faults;
+$api->finish_jobs;
+delivered($node, 'postgres');
+is( sql(q{SELECT string_agg(DISTINCT records::text, ',') FROM userpilot_jobs WHERE kind = 'user'}),
+	'20,40', '... until ten of them were taken');
+until_true('the worker has left, and forgotten it', \&no_worker);
+
 # --- progress ---
 
 sql(q{SELECT userpilot_bulk_identify_companies('p' || i, '{"a": 1}'::jsonb) FROM generate_series(1, 24000) i});
