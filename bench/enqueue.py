@@ -86,13 +86,13 @@ SCRIPTS = {
 }
 
 
-def pgbench(bench, script, clients, synchronous):
-    """Transactions a second."""
+def pgbench(bench, script, clients, synchronous, transactions):
+    """Transactions a second, of so many in all."""
     done = subprocess.run(
         [os.path.join(bench.cluster.bindir, "pgbench"), "-n", "-h",
          bench.cluster.run_dir, "-U", "postgres", "-M", "prepared", "-c",
-         str(clients), "-j", str(min(clients, 2)), "-T",
-         str(bench.size("autocommit")), "-f", script, DATABASE],
+         str(clients), "-j", str(min(clients, 2)), "-t",
+         str(max(1, transactions // clients)), "-f", script, DATABASE],
         env={**os.environ, "PGOPTIONS": "-c synchronous_commit=" +
              synchronous}, stdin=subprocess.DEVNULL, text=True, timeout=120,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -113,18 +113,20 @@ def autocommit(bench):
             with open(scripts[name], "w") as file:
                 file.write(text % properties)
 
-        def side(name, clients, synchronous):
+        def side(name, *how):
             def run():
                 emptied(session)
-                return pgbench(bench, scripts[name], clients, synchronous)
+                return pgbench(bench, scripts[name], *how)
             return run
 
+        turns, seconds = bench.size("autocommit")
         for synchronous, target in (("on", 0.97), ("off", 0.9)):
             for clients in (1, 2, 8):
-                found = alternate(
-                    bench.repetitions(15),
-                    baseline=side("baseline", clients, synchronous),
-                    ours=side("ours", clients, synchronous))
+                # turns of both are equally long in transactions
+                warm = side("baseline", clients, synchronous, 1000)()
+                how = clients, synchronous, int(warm * seconds)
+                found = alternate(turns, baseline=side("baseline", *how),
+                                  ours=side("ours", *how))
                 yield Result("one call a transaction, %d client%s, "
                              "synchronous_commit %s" % (
                                  clients, "s" * (clients > 1), synchronous),

@@ -89,14 +89,14 @@ learn(Sender *sender, HeldJob *held)
 	held->entities = NULL;
 }
 
-/* The job is over: bulk_learn_done() does the rest */
+/* The job is over: bulk_done_step() does the rest, bit by bit */
 void
 bulk_set_done(Sender *sender)
 {
 	Bulk	   *bulk = &sender->bulk;
 	HeldJob    *held = bulk->current;
 
-	bulk_delete_done(sender);
+	bulk_done_finish(sender);
 	bulk->current = bulk->done;
 	bulk->done = held;
 	if (!held->unsure)
@@ -156,10 +156,9 @@ delete_rows(const JobRow *rows, int n)
 	return all;
 }
 
-/* All of it that is left: rows in one commit with what is said of them, so that
- * progress never falls */
+/* Rows in one commit with what is said of them, so that progress never falls */
 void
-bulk_delete_done(Sender *sender)
+bulk_done_finish(Sender *sender)
 {
 	Bulk	   *bulk = &sender->bulk;
 	HeldJob    *held = bulk->done;
@@ -179,14 +178,14 @@ bulk_delete_done(Sender *sender)
 	realtime_look_again(sender);
 }
 
-/* One step of that: what is fresh is not to wait for 10,000 records */
+/* What is fresh is not to wait for 10,000 records */
 void
-bulk_learn_done(Sender *sender)
+bulk_done_step(Sender *sender)
 {
 	HeldJob    *held = sender->bulk.done;
 
 	if (held->entities != NULL && bulk_learn_chunk(sender, &held->job, held->nlearnt))
 		held->nlearnt++;
 	else
-		bulk_delete_done(sender);
+		bulk_done_finish(sender);
 }

@@ -10,6 +10,7 @@
  */
 #include "postgres.h"
 
+#include "access/table.h"
 #include "access/tableam.h"
 #include "catalog/pg_type.h"
 #include "utils/builtins.h"
@@ -61,22 +62,21 @@ ledger_recent_calls(const char *server, int64 delay_ms)
 {
 	TimestampTz since = GetCurrentTimestamp() - (TimestampTz) (window(delay_ms) * USECS_PER_SEC);
 	int64		calls = 0;
-	RowWriter	writer;
-	TableScanDesc scan;
+	Relation	rel = table_open(sql_relid("userpilot_recent_calls"), AccessShareLock);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	TableScanDesc scan = table_beginscan(rel, GetActiveSnapshot(), 0, NULL);
 
-	row_writer_open(&writer, "userpilot_recent_calls", calls_columns, CALLS_NCOLUMNS);
-	scan = table_beginscan(writer.rel, GetActiveSnapshot(), 0, NULL);
-	while (table_scan_getnextslot(scan, ForwardScanDirection, writer.stored))
+	sql_check_columns(rel, calls_columns, CALLS_NCOLUMNS);
+	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
 	{
-		Datum	   *stored = writer.stored->tts_values;
-
-		slot_getallattrs(writer.stored);
-		if (DatumGetTimestampTz(stored[CALLS_AT]) > since &&
-			strcmp(TextDatumGetCString(stored[CALLS_SERVER]), server) == 0)
-			calls += DatumGetInt32(stored[CALLS_CALLS]);
+		slot_getallattrs(slot);
+		if (DatumGetTimestampTz(slot->tts_values[CALLS_AT]) > since &&
+			strcmp(TextDatumGetCString(slot->tts_values[CALLS_SERVER]), server) == 0)
+			calls += DatumGetInt32(slot->tts_values[CALLS_CALLS]);
 	}
 	table_endscan(scan);
-	row_writer_close(&writer);
+	ExecDropSingleTupleTableSlot(slot);
+	table_close(rel, NoLock);
 	return (int) Min(calls, PG_INT32_MAX);
 }
 

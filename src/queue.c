@@ -56,7 +56,7 @@ typedef struct OpenQueue
 	Relation	rel;
 	ResultRelInfo *rri;
 	EState	   *estate;
-	TupleTableSlot *slot;
+	TupleTableSlot *slot;		/* last: there if all is */
 	bool		only_look;		/* its only index is WHERE NOT bulk */
 } OpenQueue;
 
@@ -84,10 +84,13 @@ close_queue(void)
 	memset(&open_queue, 0, sizeof(open_queue));
 
 	CurrentResourceOwner = TopTransactionResourceOwner;
-	ExecCloseIndices(closing.rri);
-	ExecDropSingleTupleTableSlot(closing.slot);
+	if (closing.slot != NULL)
+	{
+		ExecCloseIndices(closing.rri);
+		ExecDropSingleTupleTableSlot(closing.slot);
+		FreeExecutorState(closing.estate);
+	}
 	table_close(closing.rel, NoLock);
-	FreeExecutorState(closing.estate);
 	CurrentResourceOwner = owner;
 }
 
@@ -102,40 +105,34 @@ queue_is_not_bulk(List *predicate)
 	return IsA(node, Var) && ((Var *) node)->varattno == QUEUE_BULK + 1;
 }
 
+/* What raises leaves it half open: the abort of its subtransaction closes it */
 static OpenQueue *
 open_for_insert(void)
 {
+	OpenQueue  *queue = &open_queue;
 	ResourceOwner owner = CurrentResourceOwner;
 	MemoryContext old;
-	OpenQueue	opening = {0};
 
-	if (open_queue.rel != NULL)
-		return &open_queue;
-
-	/* what may raise comes first: nobody would close the other */
-	opening.rel = table_open(sql_relid("userpilot_queue"), RowExclusiveLock);
-	queue_check_shape(opening.rel);
-	table_close(opening.rel, NoLock);
+	if (queue->slot != NULL)
+		return queue;
 
 	CurrentResourceOwner = TopTransactionResourceOwner;
 	old = MemoryContextSwitchTo(TopTransactionContext);
-	opening.rel = table_open(sql_relid("userpilot_queue"), RowExclusiveLock);
-	opening.estate = CreateExecutorState();
-	opening.rri = makeNode(ResultRelInfo);
-	InitResultRelInfo(opening.rri, opening.rel, 1, NULL, 0);
-	ExecOpenIndices(opening.rri, false);
-	opening.only_look = opening.rri->ri_NumIndices == 1 &&
-		queue_is_not_bulk(opening.rri->ri_IndexRelationInfo[0]->ii_Predicate);
+	queue->rel = table_open(sql_relid("userpilot_queue"), RowExclusiveLock);
+	queue_check_shape(queue->rel);
+	queue->estate = CreateExecutorState();
+	queue->rri = makeNode(ResultRelInfo);
+	InitResultRelInfo(queue->rri, queue->rel, 1, NULL, 0);
+	ExecOpenIndices(queue->rri, false);
+	queue->only_look = queue->rri->ri_NumIndices == 1 &&
+		queue_is_not_bulk(queue->rri->ri_IndexRelationInfo[0]->ii_Predicate);
 	/* we know which rows it is for: no need to prepare the predicate each time */
-	if (opening.only_look)
-		opening.rri->ri_IndexRelationInfo[0]->ii_Predicate = NIL;
-	opening.slot = MakeSingleTupleTableSlot(RelationGetDescr(opening.rel),
-											&TTSOpsHeapTuple);
+	if (queue->only_look)
+		queue->rri->ri_IndexRelationInfo[0]->ii_Predicate = NIL;
+	queue->slot = MakeSingleTupleTableSlot(RelationGetDescr(queue->rel), &TTSOpsHeapTuple);
 	MemoryContextSwitchTo(old);
 	CurrentResourceOwner = owner;
-
-	open_queue = opening;
-	return &open_queue;
+	return queue;
 }
 
 static void

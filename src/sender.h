@@ -273,8 +273,9 @@ extern bool bulk_ahead_due(const Sender *sender, int64 now);
 extern void bulk_changed(Sender *sender);
 extern bool bulk_done_due(const Sender *sender, int64 now);
 extern void bulk_row_gone(Sender *sender, UserpilotKind kind, int64 batch);
-extern void bulk_learn_done(Sender *sender);
-extern void bulk_delete_done(Sender *sender);
+/* What is left to do once a job is over: some of it, all of it */
+extern void bulk_done_step(Sender *sender);
+extern void bulk_done_finish(Sender *sender);
 extern bool bulk_holds(const Sender *sender, EntityKey key, uint32 hash);
 /* ... for a running job that takes so long that newer changes go out beside it */
 extern bool bulk_holds_overdue(const Sender *sender, EntityKey key, int64 now);

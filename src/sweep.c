@@ -606,7 +606,7 @@ bulk_prepare(Sender *sender, bool ahead)
 	if (!sweep_next(&sweep) && !ahead)
 	{
 		bulk_forget_plan(sender);
-		bulk_delete_done(sender);
+		bulk_done_finish(sender);
 		pass(&sweep);
 		(void) sweep_next(&sweep);
 		passed = true;

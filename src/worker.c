@@ -331,7 +331,7 @@ step_sender(Sender *sender)
 	if (bulk_done_due(sender, now))
 	{
 		begin_step();
-		bulk_learn_done(sender);
+		bulk_done_step(sender);
 		sender_report(sender, now, sender->bulk.done->job.id == 0);
 		step_end(false);
 		did = true;

@@ -29,7 +29,7 @@ my $TRIES = 4;
 # quiet: nobody writes; starting: a worker that has just been started)
 my $marked  = 'profiles_write if step == PROFILE_MARKED && n > 0';
 my $learned = 'profiles_write if step == PROFILE_LEARNED && n > 0';
-my $done    = 'bulk_delete_done if sender->bulk.done->job.id != 0';
+my $done    = 'bulk_done_finish if sender->bulk.done->job.id != 0';
 my %short   = (fault => { job => 'short', rows => 3 });
 my %refused = (fault => { status => 409 });
 my %halved  = (fault => { status => 413 });
