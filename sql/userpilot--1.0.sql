@@ -90,10 +90,10 @@ CREATE INDEX userpilot_queue_look ON userpilot_queue (xid) WHERE NOT bulk;
 ALTER TABLE userpilot_queue REPLICA IDENTITY FULL;
 REVOKE ALL ON TABLE userpilot_queue FROM PUBLIC;
 
-COMMENT ON TABLE userpilot_queue IS 'Changes that Userpilot has not acknowledged yet. Written by the functions, triggers and aggregates in the caller''s transaction; rows are never updated, and deleted only when acknowledged or moved to userpilot_dead_letters.';
+COMMENT ON TABLE userpilot_queue IS 'Changes that Userpilot has not acknowledged yet. Written by the functions, triggers and aggregates in the caller''s transaction; rows are deleted only when acknowledged or moved to userpilot_dead_letters, and not updated, but for lsn and xid by userpilot_enable() in a younger cluster.';
 COMMENT ON COLUMN userpilot_queue.lsn IS 'WAL insert position when the change was queued: orders two changes made under one row lock. Rows of a bulk SELECT count from the position at its start.';
 COMMENT ON COLUMN userpilot_queue.xid IS 'Top-level transaction that queued the change.';
-COMMENT ON COLUMN userpilot_queue.enqueued_at IS 'When the queueing transaction''s statement wrote it.';
+COMMENT ON COLUMN userpilot_queue.enqueued_at IS 'When it was queued; of a bulk SELECT, when its first row was.';
 COMMENT ON COLUMN userpilot_queue.batch IS 'Bulk SELECT the row came from: userpilot_batches.id. Null for direct changes.';
 COMMENT ON COLUMN userpilot_queue.bulk IS 'Lane: true for aggregates and for what a transaction queues beyond its first 100 rows, false for real time.';
 COMMENT ON COLUMN userpilot_queue.server IS 'Foreign server it goes to.';
@@ -119,7 +119,7 @@ CREATE TABLE userpilot_batches (
 );
 REVOKE ALL ON TABLE userpilot_batches FROM PUBLIC;
 
-COMMENT ON TABLE userpilot_batches IS 'One row per bulk SELECT, and one per trigger that userpilot_sync_table() used: what it could see decides which changes are newer than its rows. Kept for userpilot.retention, and while anything queued or a dead letter came from it.';
+COMMENT ON TABLE userpilot_batches IS 'One row per bulk SELECT, and one per trigger that userpilot_sync_table() used: what it could see decides which changes are newer than its rows. Kept for userpilot.retention, and while anything is queued or a dead letter came from it.';
 COMMENT ON COLUMN userpilot_batches.id IS 'xid * 1000000 + number within the transaction.';
 COMMENT ON COLUMN userpilot_batches.server IS 'Foreign server it goes to.';
 COMMENT ON COLUMN userpilot_batches.kind IS 'company or user.';
@@ -198,7 +198,7 @@ COMMENT ON COLUMN userpilot_jobs.records IS 'Records in the body.';
 COMMENT ON COLUMN userpilot_jobs.bytes IS 'Bytes of the records, without multipart framing.';
 COMMENT ON COLUMN userpilot_jobs.status IS 'prepared, unknown, then as Userpilot says: queued, validating, processing, pending_refresh; final: completed, failed, refused (its rows never left the queue), dissolved (its records go one by one).';
 COMMENT ON COLUMN userpilot_jobs.job_id IS 'Userpilot''s id, opaque.';
-COMMENT ON COLUMN userpilot_jobs.filename IS 'Name of the upload, with a random uuid, by which a job is found again after a lost answer.';
+COMMENT ON COLUMN userpilot_jobs.filename IS 'Name of an NDJSON upload, with a random uuid, by which it is found again after a lost answer; null for JSON.';
 COMMENT ON COLUMN userpilot_jobs.total_rows IS 'As Userpilot says.';
 COMMENT ON COLUMN userpilot_jobs.completed_rows IS 'As Userpilot says; less than records in a completed job means that records were dropped.';
 COMMENT ON COLUMN userpilot_jobs.http_status IS 'Of the last answer.';
@@ -428,7 +428,7 @@ CREATE AGGREGATE userpilot_bulk_identify_companies(company_id "any", metadata js
 	PARALLEL = UNSAFE
 );
 COMMENT ON AGGREGATE userpilot_bulk_identify_companies("any", jsonb) IS
-'Queues every row''s company for the bulk lane and returns how many rows; rows of which Userpilot has every value already are left out (userpilot_batches.unchanged), unless something of theirs is under way. Use it in the select list of a top-level SELECT, without or with a plain GROUP BY. What the SELECT''s snapshot cannot see counts as newer than its rows. Arguments as of userpilot_identify_company(). API: POST /v1/companies/bulk_identify, at most 10,000 records per job, 1,800 per minute.';
+'Queues every row''s company for the bulk lane and returns how many rows; rows of which Userpilot has every value already are left out (userpilot_batches.unchanged), unless something of theirs is under way. Use it in the select list of a SELECT (also of INSERT ... SELECT and CREATE TABLE AS), without or with a plain GROUP BY. What the SELECT''s snapshot cannot see counts as newer than its rows. Arguments as of userpilot_identify_company(). API: POST /v1/companies/bulk_identify, at most 10,000 records per job, 1,800 per minute.';
 
 CREATE AGGREGATE userpilot_bulk_identify_users(user_id "any", metadata jsonb) (
 	SFUNC = userpilot_bulk_users_trans,
@@ -465,7 +465,15 @@ CREATE TYPE userpilot_preview AS (
 	minutes double precision
 );
 COMMENT ON TYPE userpilot_preview IS
-'What a bulk SELECT would come to: its rows are new to Userpilot, changed, unchanged (left out) or invalid (it would be refused); new and changed ones make records, in jobs of at most 10,000, and take minutes at 1,800 records a minute, behind whatever is queued already.';
+'What a bulk SELECT would come to: its rows are new to Userpilot, changed, unchanged (left out) or invalid (it would be refused); new and changed ones make records, in jobs of at most 10,000, and take minutes alone, at 1,800 records a minute; what is queued already comes first.';
+COMMENT ON COLUMN userpilot_preview.rows IS 'Rows that reached the aggregate.';
+COMMENT ON COLUMN userpilot_preview.new IS 'Of entities that Userpilot never acknowledged.';
+COMMENT ON COLUMN userpilot_preview.changed IS 'Something differs, is unknown or under way.';
+COMMENT ON COLUMN userpilot_preview.unchanged IS 'Nothing differs: left out.';
+COMMENT ON COLUMN userpilot_preview.invalid IS 'The bulk SELECT would raise.';
+COMMENT ON COLUMN userpilot_preview.records IS 'New and changed; two rows of one entity count twice, but go as one.';
+COMMENT ON COLUMN userpilot_preview.jobs IS 'Jobs of at most 10,000 records that they make.';
+COMMENT ON COLUMN userpilot_preview.minutes IS 'That they take alone, at 1,800 records a minute.';
 
 CREATE FUNCTION userpilot_preview_companies_trans(internal, "any", jsonb)
 RETURNS internal
@@ -823,7 +831,10 @@ WITH counted AS MATERIALIZED (
 ), servers AS (
 	SELECT s.oid AS serverid, s.srvname::text AS server
 	FROM pg_catalog.pg_foreign_server s
-	JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = s.srvfdw AND w.fdwname = 'userpilot'
+	JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_foreign_data_wrapper'::pg_catalog.regclass
+		AND d.objid = s.srvfdw AND d.deptype = 'e'
+		AND d.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass
+	JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid AND e.extname = 'userpilot'
 	UNION ALL
 	-- dropped or renamed, with changes still queued, or dead
 	SELECT NULL::oid, c.server
@@ -924,7 +935,7 @@ REVOKE ALL ON TABLE @extschema@.userpilot_status FROM PUBLIC;
 GRANT SELECT ON TABLE @extschema@.userpilot_status, @extschema@.userpilot_jobs TO pg_monitor;
 
 COMMENT ON VIEW @extschema@.userpilot_status IS
-'One row per server: what is pending, how far it is, and what to do. Costs the same at any backlog: rows are counted up to 20,000, beyond that the worker''s own count is shown.';
+'One row per server, and per name of a dropped one that has queued changes or dead letters: what is pending, how far it is, and what to do. Costs the same at any backlog: rows are counted up to 20,000, beyond that the worker''s own count is shown.';
 COMMENT ON COLUMN @extschema@.userpilot_status.server IS 'Foreign server.';
 COMMENT ON COLUMN @extschema@.userpilot_status.state IS 'disabled, paused, outage, idle, sending or waiting for the slot.';
 COMMENT ON COLUMN @extschema@.userpilot_status.pending IS 'Rows queued.';

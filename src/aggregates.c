@@ -1,10 +1,11 @@
 /*
  * aggregates.c
- *	  Whole tables with one SELECT: bulk aggregates and payload aggregates.
+ *	  Whole tables with one SELECT: bulk, preview and payload aggregates.
  *
- * A bulk aggregate's transition function queues each row; all groups of one
- * aggregate share one buffer, hung off the transition function's FmgrInfo,
- * and every final function flushes it.  The final functions are declared
+ * A bulk aggregate's transition function hands each row to intake.c, which
+ * queues what Userpilot does not have; all groups of one aggregate share one
+ * intake, hung off the transition function's FmgrInfo, and every final function
+ * flushes it.  The final functions are declared
  * FINALFUNC_MODIFY = READ_WRITE, so core itself refuses window use, and
  * PARALLEL UNSAFE.  Grouping sets would call them with rows that are counted
  * more than once, so they are refused here.

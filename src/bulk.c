@@ -2,7 +2,7 @@
  * bulk.c
  *	  The bulk lane: one job at a time, from asking for the slot to its end.
  *
- *	  IDLE -> ASK -> PREPARE -> SUBMIT -> RUNNING -> IDLE
+ *	  IDLE -> ASK -> PREPARE -> SUBMIT -> RUNNING -> PREPARE, or IDLE
  *	                               |         |
  *	                               +-> UNKNOWN (the answer was lost)
  *
@@ -571,7 +571,7 @@ bulk_start(Sender *sender, int64 now)
 			break;
 		case BULK_SUBMIT:
 			started = api_submit(sender->http, target, bulk->current->job.kind, bulk->body, bulk->npieces,
-								 bulk->current->job.ndjson ? bulk->current->job.filename : NULL, call, &error);
+								 bulk->current->job.filename, call, &error);
 			break;
 		case BULK_RUNNING:
 			started = api_job(sender->http, target, bulk->current->job.job_id, call, &error);

@@ -311,7 +311,7 @@ find_ours(const Job *job, const ApiJob *jobs, int n)
 	for (int i = 0; i < n; i++)
 	{
 		if (job->job_id != NULL ? strcmp(jobs[i].job_id, job->job_id) == 0 :
-			job->ndjson && job->filename != NULL && strcmp(jobs[i].filename, job->filename) == 0)
+			job->filename != NULL && strcmp(jobs[i].filename, job->filename) == 0)
 			return &jobs[i];
 	}
 	return NULL;

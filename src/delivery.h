@@ -53,7 +53,7 @@ typedef enum DeliveryAction
 	DELIVERY_CONFLICT,			/* someone else's job is in the slot */
 	DELIVERY_SHRINK,			/* next job half as large */
 	DELIVERY_DISSOLVE,			/* record by record through real time */
-	DELIVERY_UNKNOWN			/* adopt by file name, else bind anew */
+	DELIVERY_UNKNOWN			/* look for it in the list, else submit it again */
 } DeliveryAction;
 
 typedef struct DeliveryDecision

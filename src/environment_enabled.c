@@ -6,7 +6,8 @@
  * and the same key as its original.  Therefore each server must be enabled by
  * name for one database of one system, in a table that pg_dump leaves out.  A
  * physical copy looks the same from inside; for these there are the server
- * option only_on and the setting userpilot.deliver.
+ * option only_on and the setting userpilot.deliver.  What a dump brought along
+ * has positions of another cluster, which enabling replaces.
  */
 #include "postgres.h"
 

@@ -1,7 +1,7 @@
 /*
  * job_writer.c
- *	  A job being made: its row, its records in chunks, the marks; so that its
- *	  body is never in memory as a whole.
+ *	  A job being made: its row, its records in chunks, the marks; a chunk at a
+ *	  time, as the body is not in memory until it is submitted.
  */
 #include "postgres.h"
 
@@ -33,7 +33,6 @@ start_job(JobWriter *writer, UserpilotKind kind)
 	MemoryContext old = MemoryContextSwitchTo(held->context);
 
 	held->job.kind = kind;
-	held->job.filename = jobs_new_filename();
 	held_job_open(held, writer->max_records);
 	MemoryContextSwitchTo(writer->context);
 	initStringInfo(&writer->chunk);
@@ -98,7 +97,9 @@ job_writer_add(JobWriter *writer, Profile *profile, const JobRow *rows, int nrow
 void
 job_writer_finish(JobWriter *writer)
 {
-	Job		   *job = &writer->sender->bulk.next->job;
+	HeldJob    *held = writer->sender->bulk.next;
+	Job		   *job = &held->job;
+	MemoryContext old;
 
 	write_chunk(writer);
 	job_writer_flush(writer);
@@ -114,5 +115,7 @@ job_writer_finish(JobWriter *writer)
 			job->ndjson = true;
 			break;
 	}
+	old = MemoryContextSwitchTo(held->context);
 	jobs_set_size(job);
+	MemoryContextSwitchTo(old);
 }

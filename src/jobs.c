@@ -19,11 +19,15 @@ text_or_null(const char *str, char *null)
 	return str ? CStringGetTextDatum(str) : (Datum) 0;
 }
 
-char *
-jobs_new_filename(void)
+/* That no other upload has, in CurrentMemoryContext; a body in JSON has none */
+static char *
+new_filename(const Job *job)
 {
-	Datum		uuid = DirectFunctionCall1(gen_random_uuid, (Datum) 0);
+	Datum		uuid;
 
+	if (!job->ndjson)
+		return NULL;
+	uuid = DirectFunctionCall1(gen_random_uuid, (Datum) 0);
 	return psprintf("userpilot-%s.ndjson", DatumGetCString(DirectFunctionCall1(uuid_out, uuid)));
 }
 
@@ -31,12 +35,11 @@ void
 jobs_insert(const char *server, Job *job)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"INSERT INTO @.userpilot_jobs (server, kind, format, records, bytes, status, filename)"
-		" VALUES ($1, $2, 'json', 0, 0, '" JOB_PREPARED "', $3) RETURNING id",
-		3, {TEXTOID, TEXTOID, TEXTOID});
-	Datum		args[3] = {CStringGetTextDatum(server),
-		CStringGetTextDatum(userpilot_kind_name(job->kind)),
-	CStringGetTextDatum(job->filename)};
+		"INSERT INTO @.userpilot_jobs (server, kind, format, records, bytes, status)"
+		" VALUES ($1, $2, 'json', 0, 0, '" JOB_PREPARED "') RETURNING id",
+		2, {TEXTOID, TEXTOID});
+	Datum		args[2] = {CStringGetTextDatum(server),
+	CStringGetTextDatum(userpilot_kind_name(job->kind))};
 
 	(void) sql_execute(&statement, args, NULL, false);
 	job->id = sql_int64(1, 0);
@@ -44,16 +47,19 @@ jobs_insert(const char *server, Job *job)
 }
 
 void
-jobs_set_size(const Job *job)
+jobs_set_size(Job *job)
 {
 	static SqlStatement statement = SQL_STATEMENT(
-		"UPDATE @.userpilot_jobs SET format = $2, records = $3, bytes = $4 WHERE id = $1",
-		4, {INT8OID, TEXTOID, INT4OID, INT8OID});
-	Datum		args[4] = {Int64GetDatum(job->id),
+		"UPDATE @.userpilot_jobs SET format = $2, records = $3, bytes = $4, filename = $5 WHERE id = $1",
+		5, {INT8OID, TEXTOID, INT4OID, INT8OID, TEXTOID});
+	Datum		args[5] = {Int64GetDatum(job->id),
 		CStringGetTextDatum(job->ndjson ? "ndjson" : "json"),
 	Int32GetDatum(job->records), Int64GetDatum(job->bytes)};
+	char		nulls[6] = "     ";
 
-	(void) sql_execute(&statement, args, NULL, false);
+	job->filename = new_filename(job);
+	args[4] = text_or_null(job->filename, &nulls[4]);
+	(void) sql_execute(&statement, args, nulls, false);
 }
 
 void
@@ -114,14 +120,15 @@ jobs_restart(Job *job, const char *error)
 		" job_id = NULL, total_rows = NULL, completed_rows = NULL WHERE id = $1",
 		3, {INT8OID, TEXTOID, TEXTOID});
 	Datum		args[3];
+	char		nulls[4] = "   ";
 
 	strlcpy(job->status, JOB_PREPARED, sizeof(job->status));
 	job->job_id = NULL;
-	job->filename = jobs_new_filename();
+	job->filename = new_filename(job);
 	args[0] = Int64GetDatum(job->id);
 	args[1] = CStringGetTextDatum(error);
-	args[2] = CStringGetTextDatum(job->filename);
-	(void) sql_execute(&statement, args, NULL, false);
+	args[2] = text_or_null(job->filename, &nulls[2]);
+	(void) sql_execute(&statement, args, nulls, false);
 }
 
 void

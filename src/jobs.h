@@ -24,17 +24,16 @@ typedef struct Job
 	int64		bytes;
 	char		status[64];
 	char	   *job_id;			/* the API's, or NULL */
-	char	   *filename;
+	char	   *filename;		/* of its upload in NDJSON, or NULL */
 	int			attempts;
-	int64		completed_rows;
 	bool		finished;
 } Job;
 
 /* A new job in status prepared; sets its id.  Strings stay the caller's. */
 extern void jobs_insert(const char *server, Job *job);
 
-/* Size and format, known once the records are written */
-extern void jobs_set_size(const Job *job);
+/* Size and format, known once the records are written; names the upload */
+extern void jobs_set_size(Job *job);
 extern void jobs_add_chunk(int64 job, int seq, const char *records, int len);
 
 /* What changed with an answer: any pointer may be NULL (left as it was) */
@@ -56,9 +55,6 @@ typedef struct JobNews
 #define JOB_NO_NEWS {NULL, NULL, -1, -1, 0, NULL, NULL, NULL, false, false, false}
 
 extern void jobs_update(int64 job, const JobNews *news);
-
-/* A name that no other upload has, in CurrentMemoryContext */
-extern char *jobs_new_filename(void);
 
 /* To be submitted anew, under another name: the failed run keeps the old one */
 extern void jobs_restart(Job *job, const char *error);

@@ -1,7 +1,7 @@
 /*
  * plan.c
- *	  Which rows of the queue the next jobs are made of, in a fixed amount of
- *	  memory however long the queue is.
+ *	  Which rows of the queue the next jobs are made of: where they stand, of no
+ *	  more than ten jobs, however long the queue is.
  */
 #include "postgres.h"
 

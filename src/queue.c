@@ -34,7 +34,6 @@
 #include "utils/xid8.h"
 
 #include "compat.h"
-#include "environment.h"
 #include "queue.h"
 #include "queue_table.h"
 #include "sql.h"

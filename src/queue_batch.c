@@ -5,7 +5,7 @@
  * A bulk SELECT reads the past, so its snapshot is recorded: a change that
  * the snapshot cannot see is newer than what the SELECT read, whatever their
  * positions in the WAL.  The record is written when the transaction ends,
- * with the final count of rows, so it needs no update.
+ * with the final count of rows.
  */
 #include "postgres.h"
 

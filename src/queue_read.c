@@ -2,8 +2,8 @@
  * queue_read.c
  *	  The worker's side of the queue: sweep, delete, bury.
  *
- * Everything here runs inside one of the worker's short transactions, with
- * SPI connected and a snapshot pushed.
+ * All but queue_pending_before() runs inside one of the worker's short
+ * transactions, with SPI connected and a snapshot pushed.
  */
 #include "postgres.h"
 
@@ -28,7 +28,6 @@
 #include "utils/xid8.h"
 
 #include "compat.h"
-#include "environment.h"
 #include "payload.h"
 #include "queue.h"
 #include "queue_table.h"

@@ -13,8 +13,6 @@
 #include "utils/memutils.h"
 
 #include "api.h"
-#include "clock.h"
-#include "history.h"
 #include "ledger.h"
 #include "payload.h"
 #include "pending.h"

@@ -6,7 +6,6 @@
 #include "postgres.h"
 
 #include "api.h"
-#include "clock.h"
 #include "history.h"
 #include "pending.h"
 

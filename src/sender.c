@@ -82,6 +82,20 @@ count_recent_calls(const Sender *sender, const Environment *env)
  * go.  A paused server comes back when endpoint or key have changed.  What is
  * excluded from now on must not leave with what was prepared before.
  */
+/* Of a key that cannot be had; one that was refused is known by its fingerprint */
+static void
+log_key(const Environment *before, const Environment *now)
+{
+	bool		had = before == NULL || before->problem == NULL;
+
+	if (had && now->problem != NULL)
+		ereport(LOG,
+				(errmsg("userpilot: server \"%s\" is paused: %s", now->server, now->problem),
+				 now->problem_hint ? errhint("%s", now->problem_hint) : 0));
+	else if (!had && now->problem == NULL)
+		ereport(LOG, (errmsg("userpilot: server \"%s\" resumes: it has a key", now->server)));
+}
+
 bool
 sender_reload(Sender *sender)
 {
@@ -108,6 +122,7 @@ sender_reload(Sender *sender)
 		ereport(LOG, (errmsg("userpilot: server \"%s\" resumes: its key or endpoint has changed",
 							 env->server)));
 	}
+	log_key(sender->env, env);
 	count_recent_calls(sender, env);
 	reshaped = sender->env != NULL && !shape_excludes_same(&sender->env->shape, &env->shape);
 	rekeyed = sender->env != NULL && (env->problem != NULL ||
@@ -347,7 +362,7 @@ sender_advice(const Sender *sender)
 	if (sender->rt.lane.outages > 0 || sender->bulk.lane.outages > 0)
 		return "Userpilot does not answer; everything stays queued and delivery resumes by itself";
 	if (sender->bulk.waiting_for_slot)
-		return "another job runs at Userpilot (a dashboard import or another client); bulk delivery goes on when it ends";
+		return "another job runs at Userpilot (a dashboard import, another client, or another database with this key); bulk delivery goes on when it ends";
 	return NULL;
 }
 

@@ -86,7 +86,7 @@ settings_define(void)
 							 log_requests_values,
 							 PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomIntVariable("userpilot.retention",
-							"How long userpilot_requests and finished userpilot_jobs are kept.",
+							"How long userpilot_requests, finished userpilot_jobs and userpilot_batches are kept.",
 							NULL, &userpilot_retention, 7 * 24 * 60, 0, INT_MAX,
 							PGC_SIGHUP, GUC_UNIT_MIN, NULL, NULL, NULL);
 	DefineCustomIntVariable("userpilot.retention_rows",

@@ -2,8 +2,9 @@
  * shape.c
  *	  What a server's options make of metadata before it is queued.
  *
- * Done once, on the way in: what is excluded is never stored, and everything
- * behind the queue deals with what Userpilot is to have.
+ * Done on the way in: what is excluded is not stored, and everything behind the
+ * queue deals with what Userpilot is to have.  Only what has been excluded since
+ * is left out when it is sent.
  */
 #include "postgres.h"
 

@@ -9,7 +9,8 @@
  * to them later.  It goes into the job, or record by record through the
  * real-time lane (what is left of a dissolved job, and what this job has no
  * room for), or nothing is left to send for it and its rows go.  So what is held
- * in memory is a group's, however long the queue.
+ * in memory is a group's, however long the queue, and where rows stand that
+ * record by record are to be sent.
  */
 #include "postgres.h"
 

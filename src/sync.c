@@ -167,7 +167,6 @@ sync_trigger(Relation rel, const Trigger *trigger, UserpilotKind kind, IntakeCou
 	Pass		pass = {.rel = rel,.trigger = trigger};
 	const char *server;
 	Oid			serverid;
-	char	   *why;
 	Oid			user;
 	int			sec_context;
 	int			level;
@@ -180,9 +179,8 @@ sync_trigger(Relation rel, const Trigger *trigger, UserpilotKind kind, IntakeCou
 						RelationGetRelationName(rel), (char *) linitial(pass.mapping->problems)),
 				 errhint("Create it again with the table's columns; userpilot_check_trigger() says what else is wrong.")));
 	server = pass.mapping->server ? pass.mapping->server : environment_default_server();
-	environment_check_usage(environment_lookup(server, true), rel->rd_rel->relowner);
-	if (!environment_may_use(server, GetUserId(), &serverid, &why))
-		elog(ERROR, "%s", why);
+	serverid = environment_lookup(server, true);
+	environment_check_usage(serverid, rel->rd_rel->relowner);
 	pass.intake = intake_open(environment_ref(serverid), kind, "userpilot_sync_table()",
 							  psprintf("SELECT * FROM userpilot_sync_table(%s)",
 									   quote_literal_cstr(sql_table_name(rel))));

@@ -29,7 +29,6 @@
 #include "history.h"
 #include "ledger.h"
 #include "sender.h"
-#include "settings.h"
 #include "step.h"
 #include "worker.h"
 

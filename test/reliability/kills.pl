@@ -87,7 +87,7 @@ my @points  = (
 	[ 'failed job: before it is submitted again' => ['bulk_failed'], fault => { job => 'fail_half' } ],
 	[ 'lost answer: before that is written'     => ['bulk_unknown'], %lost ],
 	[ 'lost answer: before the job is adopted'  => ['adopt'], %lost ],
-	[ 'lost upload: before it is bound anew'    => ['bulk_never_arrived'], fault => { drop => 'before' } ],
+	[ 'lost upload: before it is known lost'    => ['bulk_never_arrived'], fault => { drop => 'before' } ],
 	[ 'leaving: in the last look'               => [ 'anything_left', 'queue_has_rows' ], quiet => 1 ],
 	[ 'leaving: before it says so'              => ['state_worker_leave'], quiet => 1 ],
 	[ 'leaving: after it said so'               => [ 'state_worker_leave', 'proc_exit' ], quiet => 1 ],

@@ -55,10 +55,9 @@ SELECT object FROM member
   WHERE (classid <> 'pg_class'::regclass
          OR objid NOT IN (SELECT oid FROM pg_class WHERE relkind = 'i'))
     AND obj_description(objid, classid::regclass::name) IS NULL;
-SELECT object, attname
-  FROM member JOIN pg_attribute ON attrelid = objid
-  WHERE classid = 'pg_class'::regclass AND attnum > 0
-    AND objid IN (SELECT oid FROM pg_class WHERE relkind IN ('r', 'v'))
+SELECT c.relname, attname
+  FROM pg_class c JOIN pg_attribute ON attrelid = c.oid
+  WHERE c.relname LIKE 'userpilot%' AND relkind IN ('r', 'v', 'c') AND attnum > 0
     AND col_description(attrelid, attnum) IS NULL;
 
 -- what anyone may use

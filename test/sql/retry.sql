@@ -174,6 +174,11 @@ TRUNCATE userpilot_queue, userpilot_progress, userpilot_jobs, userpilot_job_chun
 INSERT INTO userpilot_enabled (server, server_oid, system_identifier, database, by) VALUES ('userpilot', 1, 1, 1, 'nobody');
 SELECT server, state, advice FROM userpilot_status ORDER BY server;
 TRUNCATE userpilot_enabled;
+-- the wrapper may have another name
+BEGIN;
+ALTER FOREIGN DATA WRAPPER userpilot RENAME TO other;
+SELECT server, state FROM userpilot_status ORDER BY server;
+ROLLBACK;
 ALTER SERVER userpilot OPTIONS (only_on 'production');
 BEGIN;
 SELECT userpilot_enable('userpilot');

@@ -139,6 +139,9 @@ chmod 0600, $key_file or die "chmod: $!";
 delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, 'resumes with a private file',
 	companies => q{SELECT * FROM account_meta});
+my @said = slurp_file($node->logfile) =~ /server "userpilot" (is paused: api_key_file .* everyone|resumes: it has a key)/g;
+is(scalar @said, 2, '... the log says once that it was paused, and that it resumed')
+  or diag("@said");
 
 # What is deleted while it waits is not sent
 $api->configure(key => 'fifth-secret-key');
