@@ -911,7 +911,10 @@ SELECT w.server,
 			/ coalesce(nullif(w.records_per_minute, 0), CASE WHEN w.companies_bulk + w.users_bulk > 0 THEN 1800 ELSE 600 END),
 			CASE WHEN w.job IS NOT NULL THEN (least(w.job_records, w.pending) - w.job_expected) / 1800.0 END, 0)))
 	END AS eta,
-	coalesce(d.reason, @extschema@.userpilot_launch_problem(), b.advice, w.advice) AS advice,
+	coalesce(d.reason, @extschema@.userpilot_launch_problem(),
+		(SELECT format('the worker was started %s times and got nowhere: see the server log', n.starts)
+			FROM @extschema@.userpilot_worker_starts n WHERE n.starts >= 3),
+		b.advice, w.advice) AS advice,
 	w.last_error, w.last_error_at,
 	b.worker
 FROM whole w

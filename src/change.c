@@ -293,6 +293,7 @@ is_complaint(int sqlstate)
 {
 	return ERRCODE_TO_CATEGORY(sqlstate) == ERRCODE_DATA_EXCEPTION ||
 		sqlstate == ERRCODE_PROGRAM_LIMIT_EXCEEDED ||
+		sqlstate == ERRCODE_STATEMENT_TOO_COMPLEX ||
 		sqlstate == ERRCODE_DATATYPE_MISMATCH;
 }
 

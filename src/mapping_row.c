@@ -12,6 +12,7 @@
 #include "access/detoast.h"
 #include "catalog/pg_type.h"
 #include "common/shortest_dec.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/date.h"
@@ -155,20 +156,23 @@ push(JsonbParseState **state, const char *name, int len, JsonbValue *value)
 	pushJsonbValue(state, WJB_VALUE, value);
 }
 
-static void
+static bool
 push_member(const char *name, JsonbValue *value, void *arg)
 {
-	if (value->type != jbvBinary)
-		push(arg, name, strlen(name), value);
+	if (value->type == jbvBinary)
+		return false;
+	push(arg, pstrdup(name), strlen(name), value);
+	return true;
 }
 
-static void
+/* But what no name can be was never sent */
+static bool
 push_null(const char *name, JsonbValue *value, void *arg)
 {
 	JsonbValue	null = {.type = jbvNull};
 
-	if (value->type != jbvBinary)
-		push(arg, name, strlen(name), &null);
+	return value->type != jbvBinary && name[0] != '\0' &&
+		pg_mbstrlen(name) <= USERPILOT_MAX_NAME_CHARS && push_member(name, &null, arg);
 }
 
 /* A value being made, which may turn out to be none that jsonb can hold */

@@ -277,6 +277,7 @@ add_key(MergeEntity *entity, const char *name, int namelen, int place)
 		memcpy(key->name, name, namelen);
 	key->name[namelen] = '\0';
 	key->namelen = namelen;
+	entity->bytes += namelen;
 	return entity->nkeys++;
 }
 
@@ -351,6 +352,14 @@ remember_later(MergeKey *key, uint64 lsn, uint64 xid)
 	key->nlater++;
 }
 
+/* Keeps a copy of a value folded in */
+static void
+keep_value(MergeEntity *entity, MergeValue *to, const MergeValue *from)
+{
+	entity->bytes += from->len - to->len;
+	copy_value(to, from);
+}
+
 /* Folds in a direct change: its values where newest, and what it is later than */
 static void
 fold_direct(MergeEntity *entity, uint64 lsn, uint64 xid,
@@ -378,7 +387,7 @@ fold_direct(MergeEntity *entity, uint64 lsn, uint64 xid,
 		key->has_direct = true;
 		key->direct_lsn = lsn;
 		key->direct_xid = xid;
-		copy_value(&key->direct, &props[i].value);
+		keep_value(entity, &key->direct, &props[i].value);
 	}
 }
 
@@ -413,7 +422,7 @@ fold_batch(MergeEntity *entity, uint64 lsn, const MergeBatch *batch,
 		key->batch = batch;
 		key->batch_order = order;
 		key->batch_lsn = lsn;
-		copy_value(&key->batched, &props[i].value);
+		keep_value(entity, &key->batched, &props[i].value);
 	}
 }
 
@@ -423,10 +432,13 @@ merge_change(MergeEntity *entity, uint64 lsn, uint64 xid,
 			 const MergeBatch *batch, const MergeProperty *props, int nprops)
 {
 	entity->next = 0;
+	if (entity->too_much)
+		return;
 	if (batch == NULL)
 		fold_direct(entity, lsn, xid, props, nprops);
 	else
 		fold_batch(entity, lsn, batch, props, nprops);
+	entity->too_much = entity->nkeys > MERGE_MAX_KEYS || entity->bytes > MERGE_MAX_BYTES;
 }
 
 /*
@@ -539,6 +551,7 @@ merge_finish(MergeEntity *entity)
 {
 	int			nsend = 0;
 	int			nproperties = 0;
+	int64		bytes = 0;		/* of the profile that it leads to */
 	int			i;
 
 	entity->more = false;
@@ -553,7 +566,11 @@ merge_finish(MergeEntity *entity)
 			entity->more = true;
 		}
 		nsend += key->send ? 1 : 0;
+		bytes += key->namelen + (key->send ? key->sending.len : key->value.len);
 	}
+	/* what is there stays, whatever its size */
+	if (nsend > 0 && (entity->nkeys > MERGE_MAX_KEYS || bytes > MERGE_MAX_BYTES))
+		entity->too_much = true;
 	return nsend;
 }
 
@@ -597,21 +614,6 @@ merge_learn(MergeEntity *entity)
 	}
 }
 
-#ifdef FRONTEND
-
-/* Frees what merge_batches_init allocated */
-void
-merge_batches_free(MergeBatches *set)
-{
-	if (set->n > 0)
-	{
-		pfree(set->by_order);
-		pfree(set->own);
-	}
-	memset(set, 0, sizeof(MergeBatches));
-}
-
-/* Frees an entity and all it holds; the batches are the caller's */
 void
 merge_free(MergeEntity *entity)
 {
@@ -631,6 +633,20 @@ merge_free(MergeEntity *entity)
 	pfree(entity->sorted);
 	pfree(entity->keys);
 	pfree(entity);
+}
+
+#ifdef FRONTEND
+
+/* Frees what merge_batches_init allocated */
+void
+merge_batches_free(MergeBatches *set)
+{
+	if (set->n > 0)
+	{
+		pfree(set->by_order);
+		pfree(set->own);
+	}
+	memset(set, 0, sizeof(MergeBatches));
 }
 
 #endif

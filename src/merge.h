@@ -5,7 +5,7 @@
  *
  * Pure: no SQL, no clock, no HTTP.  Builds with and without the server
  * (FRONTEND), so that generated histories can be run through it by the
- * hundred thousand; only there anything is freed one by one.
+ * hundred thousand.
  *
  * Changes are folded in one at a time, in any order but that rows of one
  * (lsn) come in physical order (each of a bulk SELECT has its own); memory per entity follows its keys, not
@@ -121,6 +121,13 @@ typedef struct MergeKey
 	MergeVersion after;
 } MergeKey;
 
+/*
+ * No entity is to fill the memory, or its profile more than jsonb takes.
+ * Userpilot takes 500 properties of 65,535 characters.
+ */
+#define MERGE_MAX_KEYS 10000
+#define MERGE_MAX_BYTES (64 * 1024 * 1024)
+
 typedef struct MergeEntity
 {
 	const MergeBatches *batches;
@@ -129,6 +136,9 @@ typedef struct MergeEntity
 	MergeKey   *keys;
 	int			next;			/* where the next key is likely to be */
 	int		   *sorted;			/* indexes into keys, in some order of names */
+	int64		bytes;			/* of names, and of values folded in */
+	bool		too_much;		/* what is folded in is beyond the bounds: not to
+								 * be sent */
 	bool		more;			/* set by merge_finish: another body is needed */
 } MergeEntity;
 
@@ -160,7 +170,8 @@ extern void merge_change(MergeEntity *entity, uint64 lsn, uint64 xid,
  * Decides every key; returns how many are to be sent.  May be called again
  * after more changes have been folded in.  Changes that each fit into a body
  * may name more properties together than Userpilot takes in one: the rest is
- * as if it were not there yet, and "more" says so.
+ * as if it were not there yet, and "more" says so.  What would be more than a
+ * profile may hold is not to be sent at all: "too_much".
  */
 extern int	merge_finish(MergeEntity *entity);
 
@@ -172,8 +183,10 @@ extern int	merge_finish(MergeEntity *entity);
 extern void merge_mark(MergeEntity *entity);
 extern void merge_learn(MergeEntity *entity);
 
-#ifdef FRONTEND
+/* Frees an entity and all it holds; the batches are the caller's */
 extern void merge_free(MergeEntity *entity);
+
+#ifdef FRONTEND
 extern void merge_batches_free(MergeBatches *set);
 #endif
 

@@ -42,6 +42,11 @@ extern void realtime_delete_sent(Sender *sender, Pending **done, int n);
 extern void realtime_write_profiles(Sender *sender, Pending **pending, int n,
 									ProfileStep step);
 
+/* realtime_answers.c, for realtime.c: its rows become dead letters; result
+ * NULL: nothing was sent */
+extern void realtime_bury(Sender *sender, Pending *pending, const HttpResult *result,
+						  const char *error);
+
 /* The rows its body covered are done with; it waits again if it has more */
 extern void pending_drop_sent(Realtime *rt, Pending *pending);
 

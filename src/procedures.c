@@ -6,10 +6,12 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "catalog/pg_foreign_server.h"
 #include "fmgr.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
 #include "storage/latch.h"
+#include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
 #include "utils/fmgroids.h"
@@ -277,8 +279,11 @@ userpilot_check(PG_FUNCTION_ARGS)
 	env = environment_load(serverid);
 	if (env == NULL)
 		PG_RETURN_VOID();
-	if (env->problem != NULL)
+	/* it may name the key's file, which the catalog shows its owner only */
+	if (env->problem != NULL && compat_server_ownercheck(serverid, GetUserId()))
 		say(false, env->problem, env->problem_hint);
+	else if (env->problem != NULL)
+		say(false, "the server has no API key that can be used", "Its owner sees why.");
 	else
 	{
 		sql_begin_call(false);

@@ -257,10 +257,8 @@ void
 queue_insert_slots(TupleTableSlot **slots, int n, bool bulk)
 {
 	OpenQueue  *queue = open_for_insert();
-	ResourceOwner owner = CurrentResourceOwner;
 	CommandId	cid = GetCurrentCommandId(true);
 
-	CurrentResourceOwner = TopTransactionResourceOwner;
 	if (n == 1)
 		table_tuple_insert(queue->rel, slots[0], cid, 0, NULL);
 	else
@@ -270,7 +268,6 @@ queue_insert_slots(TupleTableSlot **slots, int n, bool bulk)
 		(void) compat_insert_index_tuples(queue->rri, slots[i], queue->estate);
 		ResetPerTupleExprContext(queue->estate);
 	}
-	CurrentResourceOwner = owner;
 }
 
 void
@@ -278,14 +275,18 @@ queue_enqueue(const QueueChange *change, const char *command)
 {
 	OpenQueue  *queue;
 	HeapTuple	tuple;
+	MemoryContext old;
 	bool		bulk = rows_in_transaction >= REALTIME_ROWS;
 
 	queue_begin(change->kind, command);
 	changed_in[change->kind] = queued_in[change->kind];
 	queue = open_for_insert();
+	/* what the slot holds must live as long: it is dropped after a failure */
+	old = MemoryContextSwitchTo(TopTransactionContext);
 	tuple = queue_form_row(RelationGetDescr(queue->rel), change,
 						   GetXLogInsertRecPtr(), GetCurrentTimestamp(), 0,
 						   bulk);
+	MemoryContextSwitchTo(old);
 	if (++rows_in_transaction > REALTIME_ROWS)
 		state_note_bulk();
 

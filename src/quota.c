@@ -48,6 +48,7 @@ typedef struct Seed
 typedef struct Application
 {
 	uint64		id;				/* 0: free */
+	Oid			database;		/* for which it was taken */
 	int			in_flight;
 	int64		last_bin;
 	int			ended[BINS];
@@ -84,6 +85,13 @@ static int
 max_applications(void)
 {
 	return Max(userpilot_max_databases, MIN_APPLICATIONS);
+}
+
+/* One database's servers, of whatever keys, leave others room */
+static int
+max_of_database(void)
+{
+	return Min(max_applications() / 2, (int) lengthof(held));
 }
 
 Size
@@ -147,23 +155,27 @@ application_find(uint64 id)
 {
 	Application *oldest = NULL;
 	int64		now = clock_now();
+	int			ours = 0;
 
 	for (int i = 0; i < shared->n; i++)
 	{
 		Application *app = &shared->applications[i];
+		bool		idle;
 
 		if (app->id == id)
 			return app;
-		if (app->job_holder == 0 && (oldest == NULL || app->used_at < oldest->used_at) &&
-			(app->id == 0 || calls_counted(app, now) == 0))
+		idle = app->id == 0 || (app->job_holder == 0 && calls_counted(app, now) == 0);
+		if (!idle && app->database == MyDatabaseId)
+			ours++;
+		if (idle && (oldest == NULL || app->used_at < oldest->used_at))
 			oldest = app;
 	}
-	if (oldest != NULL)
-	{
-		memset(oldest, 0, sizeof(*oldest));
-		oldest->id = id;
-		oldest->used_at = now;	/* not before those that are free */
-	}
+	if (oldest == NULL || ours >= max_of_database())
+		return NULL;
+	memset(oldest, 0, sizeof(*oldest));
+	oldest->id = id;
+	oldest->database = MyDatabaseId;
+	oldest->used_at = now;		/* not before those that are free */
 	return oldest;
 }
 

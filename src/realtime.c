@@ -497,7 +497,9 @@ realtime_wave(Sender *sender, int64 now)
 	Pending   **chosen = palloc(Max(room, 1) * sizeof(Pending *));
 	Pending   **nothing = palloc(Max(room, 1) * sizeof(Pending *));
 	Pending   **marked = palloc(Max(room, 1) * sizeof(Pending *));
+	Pending   **too_much = palloc(Max(room, 1) * sizeof(Pending *));
 	int			n;
+	int			ntoo_much = 0;
 	int			nnothing = 0;
 	int			nmarked = 0;
 
@@ -508,16 +510,25 @@ realtime_wave(Sender *sender, int64 now)
 		merge_chosen(sender, chosen, n, kind);
 	for (int i = 0; i < n; i++)
 	{
+		MergeEntity *merge = chosen[i]->profile.merge;
 		MemoryContext old = MemoryContextSwitchTo(chosen[i]->merge_context);
+		int			nsend = merge_finish(merge);
 
-		if (merge_finish(chosen[i]->profile.merge) > 0 || !chosen[i]->profile.exists)
+		if (merge->too_much)
+			too_much[ntoo_much++] = chosen[i];
+		else if (nsend > 0 || !chosen[i]->profile.exists)
 			marked[nmarked++] = chosen[i];
 		else
 		{
-			merge_mark(chosen[i]->profile.merge);
+			merge_mark(merge);
 			nothing[nnothing++] = chosen[i];
 		}
 		MemoryContextSwitchTo(old);
+	}
+	for (int i = 0; i < ntoo_much; i++)
+	{
+		realtime_bury(sender, too_much[i], NULL, sender_too_much(too_much[i]->key.kind));
+		pending_drop_sent(rt, too_much[i]);
 	}
 	nmarked = within_quota(sender, marked, nmarked, now);
 	for (int i = 0; i < nmarked; i++)

@@ -39,13 +39,13 @@ realtime_give_back(Sender *sender)
 		quota_calls_return(dlist_container(Pending, node, iter.cur)->application, 1);
 }
 
-static void
-bury(Sender *sender, Pending *pending, const HttpResult *result, const char *error)
+void
+realtime_bury(Sender *sender, Pending *pending, const HttpResult *result, const char *error)
 {
 	QueueFailure why = {
-		.http_status = result->status,
+		.http_status = result ? result->status : 0,
 		.error = error,
-		.response = result->body_len > 0 ? sender_answer_text(result) : NULL,
+		.response = result && result->body_len > 0 ? sender_answer_text(result) : NULL,
 		.attempts = pending->profile.attempts
 	};
 	QueueRow   *rows = palloc(pending->nsent * sizeof(QueueRow));
@@ -127,7 +127,7 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 			learned[(*nlearned)++] = pending;
 			break;
 		case DELIVERY_DEAD:
-			bury(sender, pending, result, error);
+			realtime_bury(sender, pending, result, error);
 			forget_attempts(sender, profile);
 			pending_drop_sent(rt, pending);
 			break;

@@ -202,6 +202,13 @@ sender_delivered(Sender *sender, int64 records)
 		state_worker_progress();
 }
 
+char *
+sender_too_much(UserpilotKind kind)
+{
+	return psprintf("a %s of more than %d properties, or of more than %d MB: more is not kept of one",
+					userpilot_kind_name(kind), MERGE_MAX_KEYS, MERGE_MAX_BYTES / (1024 * 1024));
+}
+
 double
 sender_random(void)
 {

@@ -226,6 +226,9 @@ extern void lane_apply(Sender *sender, Lane *lane, const DeliveryDecision *decis
 extern DeliveryAnswer sender_answer(const Sender *sender, DeliveryCall call,
 									const HttpResult *result);
 extern double sender_random(void);
+
+/* Why an entity's changes are not sent, see MergeEntity.too_much */
+extern char *sender_too_much(UserpilotKind kind);
 extern char *sender_error_text(const HttpResult *result);
 extern char *sender_answer_text(const HttpResult *result);
 

@@ -8,11 +8,20 @@
  */
 #include "postgres.h"
 
-#include "miscadmin.h"
+#include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/numeric.h"
 
 #include "shape.h"
+#include "userpilot.h"
+
+/* Whatever the encoding, what is longer is no name that can be sent; nor is
+ * anything nested deeper looked at, which bounds the stack */
+#define MAX_PATH_BYTES (USERPILOT_MAX_NAME_CHARS * MAX_MULTIBYTE_CHAR_LEN)
+
+/* So many are refused, and memory is not to follow what nests and repeats */
+#define MAX_MEMBERS (20 * USERPILOT_MAX_PROPERTIES)
 
 int
 shape_names(const char *list, char ***names)
@@ -101,26 +110,60 @@ push_value(JsonbParseState **state, bool as_string, JsonbValue *value)
 	pushJsonbValue(state, WJB_VALUE, &v);
 }
 
+typedef struct Walk
+{
+	StringInfoData path;		/* of the object, ends with a dot or is empty */
+	bool		flatten;
+	ShapeMember member;
+	void	   *arg;
+	int			taken;
+} Walk;
+
+static void
+walk(Walk *w, JsonbContainer *object)
+{
+	JsonbIterator *it = JsonbIteratorInit(object);
+	StringInfo	path = &w->path;
+	int			len = path->len;
+	JsonbValue	name;
+	JsonbValue	value;
+
+	(void) JsonbIteratorNext(&it, &name, false);
+	while (w->taken < MAX_MEMBERS && JsonbIteratorNext(&it, &name, true) == WJB_KEY)
+	{
+		bool		descend;
+
+		(void) JsonbIteratorNext(&it, &value, true);
+		descend = w->flatten && value.type == jbvBinary &&
+			JsonContainerIsObject(value.val.binary.data);
+		appendBinaryStringInfo(path, name.val.string.val, name.val.string.len);
+		if (descend && path->len <= MAX_PATH_BYTES)
+		{
+			appendStringInfoChar(path, '.');
+			walk(w, value.val.binary.data);
+		}
+		else
+		{
+			/* of the names below none could be sent: this one says so */
+			if (descend)
+				value.type = jbvNull;
+			w->taken += w->member(path->data, &value, w->arg);
+		}
+		path->len = len;
+		path->data[len] = '\0';
+	}
+}
+
 void
 shape_walk(JsonbContainer *object, const char *prefix, bool flatten,
 		   ShapeMember member, void *arg)
 {
-	JsonbIterator *it = JsonbIteratorInit(object);
-	JsonbValue	name;
-	JsonbValue	value;
+	Walk		w = {.flatten = flatten,.member = member,.arg = arg};
 
-	check_stack_depth();
-	(void) JsonbIteratorNext(&it, &name, false);
-	while (JsonbIteratorNext(&it, &name, true) == WJB_KEY)
-	{
-		char	   *whole = psprintf("%s%.*s", prefix, name.val.string.len, name.val.string.val);
-
-		(void) JsonbIteratorNext(&it, &value, true);
-		if (flatten && value.type == jbvBinary && JsonContainerIsObject(value.val.binary.data))
-			shape_walk(value.val.binary.data, psprintf("%s.", whole), flatten, member, arg);
-		else
-			member(whole, &value, arg);
-	}
+	initStringInfo(&w.path);
+	appendStringInfoString(&w.path, prefix);
+	walk(&w, object);
+	pfree(w.path.data);
 }
 
 typedef struct Shaping
@@ -130,15 +173,17 @@ typedef struct Shaping
 	JsonbParseState *state;
 } Shaping;
 
-static void
+static bool
 push_member(const char *name, JsonbValue *value, void *arg)
 {
 	Shaping    *shaping = arg;
+	int			len = strlen(name);
 
-	if (shape_excludes(shaping->shape, name, strlen(name)))
-		return;
-	push_name(&shaping->state, name, strlen(name));
+	if (shape_excludes(shaping->shape, name, len))
+		return false;
+	push_name(&shaping->state, pnstrdup(name, len), len);
 	push_value(&shaping->state, shaping->as_string, value);
+	return true;
 }
 
 /* Whether anything would be other than it is */

@@ -30,8 +30,10 @@ extern bool shape_excludes_same(const Shape *a, const Shape *b);
 /*
  * An object's members, named with the prefix; with flatten, objects in it give
  * theirs, named address.city.  Arrays, and objects without, come as jbvBinary.
+ * The name is good for the call; returns whether the member is taken: it ends
+ * with twenty times what a change may have, which is refused anyway.
  */
-typedef void (*ShapeMember) (const char *name, JsonbValue *value, void *arg);
+typedef bool (*ShapeMember) (const char *name, JsonbValue *value, void *arg);
 
 extern void shape_walk(JsonbContainer *object, const char *prefix, bool flatten,
 					   ShapeMember member, void *arg);

@@ -28,11 +28,16 @@
 #define HELP_ROWS 10000
 #define HELP_BYTES (8 * 1024 * 1024)
 
+/* What the entities of a group may come to together; one of them alone may
+ * come to what a merge holds */
+#define GROUP_BYTES (64 * 1024 * 1024)
+
 typedef enum SweepSort
 {
 	SWEEP_JOB,
 	SWEEP_SOLO,
-	SWEEP_HELP					/* not in this job: the real-time lane's */
+	SWEEP_HELP,					/* not in this job: the real-time lane's */
+	SWEEP_EVICTED				/* too large beside others: not now */
 } SweepSort;
 
 /* An entity and its rows: their places, or, for the real-time lane, copies */
@@ -44,6 +49,7 @@ typedef struct Swept
 	int			maxrows;
 	JobRow	   *rows;
 	List	   *copies;
+	Size		copied;			/* bytes of them */
 	bool		raised;			/* a version rose though nothing is sent */
 } Swept;
 
@@ -80,6 +86,7 @@ typedef struct Sweep
 	Swept	   *swept[PLAN_GROUP];
 	int			nswept;
 	int			njob;
+	int64		folded;			/* bytes of their merges */
 } Sweep;
 
 /* ------------------------------------------------------------- the pass */
@@ -256,21 +263,66 @@ admit(Sweep *sweep, EntityKey key, uint32 hash, SweepSort sort, bool direct)
 	return swept;
 }
 
+/* Its rows stay for a later sweep */
+static void
+evict(Sweep *sweep, Swept *swept)
+{
+	if (swept->sort == SWEEP_JOB)
+	{
+		sweep->folded -= swept->profile.merge->bytes;
+		merge_free(swept->profile.merge);
+		sweep->njob--;
+	}
+	for (int i = 0; i < list_length(swept->copies); i++)
+		queue_row_free(list_nth(swept->copies, i));
+	swept->copies = NIL;
+	swept->sort = SWEEP_EVICTED;
+	sweep->left_out = true;
+}
+
+/* Whole rows are held until they are sent: not many large ones of one entity,
+ * which is for a job then */
+static void
+copy_row(Sweep *sweep, Swept *swept, const QueueRow *row)
+{
+	Size		bytes = toast_raw_datum_size(PointerGetDatum(row->metadata));
+
+	swept->copied += bytes;
+	if (swept->copies != NIL && swept->copied > HELP_BYTES)
+	{
+		if (swept->sort == SWEEP_SOLO)
+			entities_delete(sweep->sender->bulk.solo, swept->profile.key);
+		evict(sweep, swept);
+		return;
+	}
+	swept->copies = lappend(swept->copies, queue_row_copy(row));
+	if (swept->sort == SWEEP_HELP)
+	{
+		sweep->help_rows++;
+		sweep->help_bytes += bytes;
+	}
+}
+
 static void
 add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 {
+	MergeEntity *merge = swept->profile.merge;
+
+	if (swept->sort == SWEEP_EVICTED)
+		return;
 	if (swept->sort != SWEEP_JOB)
 	{
-		swept->copies = lappend(swept->copies, queue_row_copy(row));
-		if (swept->sort == SWEEP_HELP)
-		{
-			sweep->help_rows++;
-			sweep->help_bytes += toast_raw_datum_size(PointerGetDatum(row->metadata));
-		}
+		copy_row(sweep, swept, row);
 		return;
 	}
-	queue_fold(swept->profile.merge, &sweep->sender->bulk.batches,
-			   &sweep->sender->env->shape, row);
+	sweep->folded -= merge->bytes;
+	queue_fold(merge, &sweep->sender->bulk.batches, &sweep->sender->env->shape, row);
+	sweep->folded += merge->bytes;
+	if (sweep->folded > GROUP_BYTES && sweep->njob > 1)
+	{
+		evict(sweep, swept);
+		return;
+	}
 	if (swept->nrows == swept->maxrows)
 	{
 		swept->maxrows = Max(2, swept->maxrows * 2);
@@ -394,6 +446,16 @@ finish_nothing(Sweep *sweep, Swept **nothing, int n)
 	pfree(rows);
 }
 
+static void
+bury(Swept *swept, const char *error)
+{
+	QueueFailure why = {.error = error,.attempts = swept->profile.attempts};
+	int			total;
+	QueueRow   *rows = whole_rows(&swept, 1, &total);
+
+	(void) queue_bury(rows, total, &why);
+}
+
 /*
  * A record that fits into no body can never be sent.  Marked all the same: a
  * dead letter that is retried must not pass for newer than what came since.
@@ -402,18 +464,10 @@ static void
 bury_oversized(Sweep *sweep, Swept *swept, int bytes)
 {
 	Profile    *profile = &swept->profile;
-	QueueFailure why = {
-		.http_status = 0,
-		.error = psprintf("the record has %d bytes; Userpilot takes 50 MB in one request", bytes),
-		.response = NULL,
-		.attempts = profile->attempts
-	};
-	int			total;
-	QueueRow   *rows = whole_rows(&swept, 1, &total);
 
 	merge_mark(profile->merge);
 	profiles_write(sweep->sender->env->server, &profile, 1, PROFILE_MARKED);
-	(void) queue_bury(rows, total, &why);
+	bury(swept, psprintf("the record has %d bytes; Userpilot takes 50 MB in one request", bytes));
 }
 
 static bool
@@ -475,15 +529,21 @@ decide(Sweep *sweep)
 	{
 		if (sweep->swept[i]->sort == SWEEP_JOB)
 			job[njob++] = sweep->swept[i];
-		else
+		else if (sweep->swept[i]->sort != SWEEP_EVICTED)
 			hand_to_realtime(sweep, sweep->swept[i]);
 	}
 	read_profiles(sweep, job, njob);
 	for (int i = 0; i < njob; i++)
 	{
 		MergeEntity *merge = job[i]->profile.merge;
+		int			nsend = merge_finish(merge);
 
-		if (merge_finish(merge) > 0 || !job[i]->profile.exists)
+		if (merge->too_much)
+		{
+			bury(job[i], sender_too_much(job[i]->profile.key.kind));
+			continue;
+		}
+		if (nsend > 0 || !job[i]->profile.exists)
 		{
 			add_to_job(sweep, job[i]);
 			continue;
@@ -528,6 +588,7 @@ sweep_unit(Sweep *sweep, const PlanUnit *unit, bool solo)
 					sweep_passed_over, sweep);
 		decide(sweep);
 		sweep->nswept = sweep->njob = 0;
+		sweep->folded = 0;
 		start = unit->ends[g];
 		MemoryContextSwitchTo(old);
 		MemoryContextReset(sweep->group_context);

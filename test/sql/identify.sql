@@ -292,6 +292,31 @@ SELECT entity_id FROM queued;
 SELECT count(*) FROM userpilot_batches;
 TRUNCATE userpilot_queue;
 
+-- what fails while its row is written leaves nothing behind, whoever catches it
+CREATE INDEX boom ON userpilot_queue (metadata);
+CREATE FUNCTION large() RETURNS jsonb LANGUAGE sql
+RETURN jsonb_build_object('a', (SELECT string_agg(md5(i::text), '') FROM generate_series(1, 800) i));
+BEGIN;
+SAVEPOINT a;
+SELECT userpilot_identify_company('c1', large());
+ROLLBACK TO a;
+SELECT 'still here';
+SAVEPOINT a;
+SELECT userpilot_identify_company('c1', large());
+ROLLBACK TO a;
+DO $$
+BEGIN
+  PERFORM userpilot_identify_company('c1', large());
+EXCEPTION WHEN program_limit_exceeded THEN
+  NULL;
+END $$;
+SELECT userpilot_identify_company('c2');
+COMMIT;
+SELECT entity_id FROM queued;
+DROP INDEX boom;
+DROP FUNCTION large();
+TRUNCATE userpilot_queue;
+
 -- a library that does not know the table keeps its hands off it
 BEGIN;
 ALTER TABLE userpilot_queue ADD COLUMN more text;

@@ -71,6 +71,10 @@ SELECT * FROM way('array', $$SELECT userpilot_identify_company(1, '{"a": {"b": [
 SELECT * FROM way('same name', $$SELECT userpilot_identify_company(1, '{"a": {"b": 1}, "a.b": 2}')$$);
 SELECT * FROM way('empty', $$SELECT userpilot_identify_company(1, '{"a": {}, "b": {"c": {}}}')$$);
 SELECT * FROM way('too many', $$SELECT userpilot_identify_company(1, jsonb_build_object('a', (SELECT jsonb_object_agg(i, i) FROM generate_series(1, 501) i)))$$);
+-- names that grow with each level are too long long before memory is
+SELECT * FROM way('deep', $$SELECT userpilot_identify_company(1, (repeat('{"a":', 600) || '1' || repeat('}', 600))::jsonb)$$);
+SELECT * FROM way('long and deep', $$SELECT userpilot_identify_company(1, ('{"' || repeat('k', 100000) || '":' || repeat('{"a":', 4000) || '1' || repeat('}', 4000) || '}')::jsonb)$$);
+SELECT * FROM way('many and deep', $$SELECT userpilot_identify_company(1, jsonb_build_object(repeat('k', 200), (SELECT jsonb_object_agg(i, i) FROM generate_series(1, 20000) i)))$$);
 SELECT * FROM way('numbers', $$SELECT userpilot_identify_user(1, '{"i": 10, "d": 1.500, "e": 1e3, "s": "1", "z": null, "b": false}')$$);
 SELECT * FROM way('not excluded', $$SELECT userpilot_identify_user(1, '{"Email": 1, "emails": 2, "mail": 3}', 'email')$$);
 -- by other servers too
@@ -93,6 +97,9 @@ SELECT server, entity_id, metadata FROM userpilot_queue WHERE entity_id ~ 'here 
 DELETE FROM userpilot_queue WHERE entity_id ~ 'here ';
 -- keys of a JSON column that are gone are nothing that is excluded
 SELECT * FROM way('key gone', $$UPDATE people SET meta = '{}' WHERE id = 1$$);
+-- nor are those that could never be sent
+SELECT way, kind, entity, company FROM way('trigger, deep', $$UPDATE people SET meta = (repeat('{"a":', 600) || '1' || repeat('}', 600))::jsonb WHERE id = 1$$);
+SELECT * FROM way('deep gone', $$UPDATE people SET meta = '{}' WHERE id = 1$$);
 -- in dead letters
 UPDATE people SET email = 'secret';
 DELETE FROM userpilot_queue;

@@ -135,6 +135,12 @@ change();
 until_true('the file is refused',
 	sub { return status($node, 'postgres')->{advice} =~ /readable by everyone/ });
 is(status($node, 'postgres')->{state}, 'paused', 'a key file for everyone is not used');
+sql('CREATE ROLE sender LOGIN; GRANT USAGE ON FOREIGN SERVER userpilot TO sender');
+my (undef, undef, $seen) = $node->psql('postgres', 'CALL userpilot_check()', extra_params => [ '-U', 'sender' ]);
+like($seen, qr/no API key that can be used/, 'userpilot_check() says so to whoever may send');
+unlike($seen, qr/api_key/, '... but not where the key is');
+(undef, undef, $seen) = $node->psql('postgres', 'CALL userpilot_check()');
+like($seen, qr/\Q$key_file\E/, '... which it tells the owner');
 chmod 0600, $key_file or die "chmod: $!";
 delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, 'resumes with a private file',

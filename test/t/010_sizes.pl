@@ -183,6 +183,60 @@ is(sql(q{SELECT string_agg(status || ' ' || records, ', ' ORDER BY id) FROM user
 	'completed 4, completed 4', '... and two jobs of companies');
 no_violations($api, '600 properties');
 
+# --- more than is kept of one: it is dead, and no other; nor does it fill the memory ---
+
+start_over();
+my $too_much = qr/^a (company|user) of more than 10000 properties, or of more than 64 MB/;
+sql('TRUNCATE accounts; INSERT INTO accounts SELECT i, \'{"v":1}\' FROM generate_series(1, 3) i');
+sql(q{BEGIN; SELECT count(userpilot_identify_user('greedy', properties)::text) FROM (
+		SELECT jsonb_object_agg('p' || i, i) AS properties FROM generate_series(0, 10500) i GROUP BY i / 500) s;
+	SELECT count(userpilot_identify_user(id, metadata)::text) FROM accounts; COMMIT});
+sql(q{SELECT userpilot_bulk_identify_companies(id, metadata) FROM (
+		SELECT 'greedy' AS id, jsonb_object_agg('p' || i, i) AS metadata FROM generate_series(0, 10500) i GROUP BY i / 500
+		UNION ALL SELECT * FROM accounts) s});
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, 'beside 10,501 properties', @all,
+	users => 'SELECT id, metadata, NULL AS company_id FROM accounts');
+is(sql(q{SELECT string_agg(DISTINCT kind || ' ' || entity_id, ', ') || ', ' || count(*) FROM userpilot_dead_letters}),
+	'company greedy, user greedy, 44', '... these are dead');
+like($_, $too_much, '... with the reason')
+  foreach split /\n/, sql('SELECT DISTINCT error FROM userpilot_dead_letters');
+
+start_over();
+sql(q{SELECT userpilot_bulk_identify_companies(id, metadata) FROM (
+		SELECT * FROM accounts
+		UNION ALL SELECT 'greedy', (SELECT jsonb_object_agg(r || '_' || i, repeat('x', 65535)) FROM generate_series(1, 500) i)
+			FROM generate_series(1, 20) r) s});
+my $most_memory = 0;
+until_true('20 rows of 32 MB are dead',
+	sub {
+		my $pid = sql('SELECT coalesce(userpilot_worker_pid(), 0)');
+
+		if ($pid && open my $status, '<', "/proc/$pid/status")
+		{
+			/^VmHWM:\s+(\d+)/ and $most_memory = $1 / 1024 > $most_memory ? $1 / 1024 : $most_memory
+			  while <$status>;
+		}
+		return sql('SELECT count(*) FROM userpilot_dead_letters') == 20;
+	});
+cmp_ok($most_memory, '>', 0, "... the worker's memory was seen");
+cmp_ok($most_memory, '<', 400, '... and was some of theirs');
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, '... the others are delivered', @all);
+
+# Each of these has its place in a group with its first row
+start_over();
+sql(q{TRUNCATE accounts;
+	INSERT INTO accounts SELECT i, jsonb_build_object('first', i) || (
+		SELECT jsonb_object_agg('p' || j, repeat('x', 65000)) FROM generate_series(1, 400) j) FROM generate_series(1, 4) i;
+	SELECT userpilot_bulk_identify_companies(id, metadata) FROM (
+		SELECT id, jsonb_build_object('first', id::int) AS metadata FROM accounts
+		UNION ALL SELECT id, metadata - 'first' FROM accounts) s});
+delivered($node, 'postgres');
+oracle_equals($node, 'postgres', $api, 'what is too large together goes in turn', @all);
+is(dead_letters($node, 'postgres'), 0, '... none of it is dead');
+no_violations($api, 'more than is kept');
+
 # --- ids of every sort, through every way, in three encodings ---
 
 my %more = (
