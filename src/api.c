@@ -323,11 +323,24 @@ count_member(JsonbContainer *object, const char *name)
 	return errno != 0 || *end != '\0' ? 0 : count;
 }
 
+/* An id: opaque text, or a whole number; "" if it is neither */
+static char *
+id_member(JsonbContainer *object, const char *name)
+{
+	JsonbValue *value = member(object, name);
+	int64		number;
+
+	if (value == NULL || value->type != jbvNumeric)
+		return string_member(object, name, MAX_JOB_ID + 1);
+	number = whole_number(value->val.numeric);
+	return number > 0 ? psprintf(INT64_FORMAT, number) : pstrdup("");
+}
+
 /* An object with a job's id in it */
 static bool
 read_job_object(JsonbContainer *object, ApiJob *job)
 {
-	job->job_id = string_member(object, "job_id", MAX_JOB_ID + 1);
+	job->job_id = id_member(object, "job_id");
 	if (job->job_id[0] == '\0' || strlen(job->job_id) > MAX_JOB_ID)
 		return false;
 	job->status = string_member(object, "status", MAX_JOB_TEXT);
@@ -356,6 +369,31 @@ object_at(JsonbContainer *array, int i)
 	return value->val.binary.data;
 }
 
+/* The array that a page of a list is, or that it holds beside what it says of
+ * pages; NULL: there is none, or more than one */
+static JsonbContainer *
+list_of(JsonbContainer *page)
+{
+	JsonbContainer *array = NULL;
+	JsonbIterator *it;
+	JsonbValue	v;
+
+	if (JsonContainerIsArray(page))
+		return JsonContainerIsScalar(page) ? NULL : page;
+	it = JsonbIteratorInit(page);
+	(void) JsonbIteratorNext(&it, &v, true);
+	while (JsonbIteratorNext(&it, &v, true) == WJB_KEY)
+	{
+		(void) JsonbIteratorNext(&it, &v, true);
+		if (v.type != jbvBinary || !JsonContainerIsArray(v.val.binary.data))
+			continue;
+		if (array != NULL)
+			return NULL;
+		array = v.val.binary.data;
+	}
+	return array;
+}
+
 /*
  * One strange job must not hide the others, so elements that cannot be read
  * are left out; but if none can be, this is no list of jobs.
@@ -363,12 +401,12 @@ object_at(JsonbContainer *array, int i)
 static bool
 read_jobs(Jsonb *answer, void *result)
 {
-	JsonbContainer *array = &answer->root;
+	JsonbContainer *array = list_of(&answer->root);
 	ApiJobs    *jobs = (ApiJobs *) result;
 	int			n;
 	int			i;
 
-	if (!JsonContainerIsArray(array) || JsonContainerIsScalar(array))
+	if (array == NULL)
 		return false;
 	n = JsonContainerSize(array);
 	jobs->n = 0;

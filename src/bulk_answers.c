@@ -274,9 +274,9 @@ judge(Sender *sender, const HttpResult *result, const ApiJob *job, bool listed, 
 			bulk_completed(sender);
 			break;
 		case DELIVERY_JOB_SHORT:
-			bulk_dissolved(sender, psprintf("completed with %d of %d records",
-										   (int) (job->completed_rows < 0 ? job->total_rows :
-												  job->completed_rows), records));
+			bulk_dissolved(sender, psprintf("completed with " INT64_FORMAT " of " INT64_FORMAT " records",
+										   job->completed_rows < 0 ? job->total_rows : job->completed_rows,
+										   Max((int64) records, job->total_rows)));
 			break;
 		case DELIVERY_JOB_FAILED:
 			bulk_failed(sender, now);
@@ -423,7 +423,8 @@ bulk_answered(Sender *sender, HttpResult *result, int64 now)
 	if (result->outcome == HTTP_ANSWERED && result->status / 100 == 2)
 		answer.understood = call == DELIVERY_LIST ?
 			api_read_jobs(result->body, result->body_len, &jobs, &n) :
-			api_read_job(result->body, result->body_len, &job);
+			api_read_job(result->body, result->body_len, &job) &&
+			(call != DELIVERY_POLL || strcmp(job.job_id, bulk->current->job.job_id) == 0);
 	answer.again = *failed_since != 0;
 	answer.others_succeed = Max(bulk->lane.last_success, sender->rt.lane.last_success) >
 		(answer.again ? *failed_since : bulk->call_started);

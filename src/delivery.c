@@ -391,8 +391,8 @@ delivery_job_runs(const char *status)
 /*
  * What a job's status says.  A completed job that names fewer rows than were
  * sent has dropped records: the only sign of it that the API gives.  When it is
- * overdue neither the refresh after the last row nor a status that no document
- * knows is waited for any more.
+ * overdue neither the refresh nor a status that no document knows is waited for
+ * any more; but that it is done is believed of a refresh only with the counts.
  */
 DeliveryJobEnd
 delivery_job_end(const char *status, int64 records, int64 total_rows,
@@ -404,8 +404,8 @@ delivery_job_end(const char *status, int64 records, int64 total_rows,
 		return DELIVERY_JOB_RUNNING;
 	if (strcmp(status, "failed") == 0)
 		return DELIVERY_JOB_FAILED;
-	if (overdue && strcmp(status, "pending_refresh") == 0 && all)
-		return DELIVERY_JOB_COMPLETED;
+	if (overdue && strcmp(status, "pending_refresh") == 0)
+		return all ? DELIVERY_JOB_COMPLETED : DELIVERY_JOB_STRANGE;
 	if (strcmp(status, "completed") != 0)
 		return overdue && !delivery_job_runs(status) ?
 			DELIVERY_JOB_STRANGE : DELIVERY_JOB_RUNNING;

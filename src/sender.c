@@ -10,6 +10,7 @@
 #include "utils/timestamp.h"
 
 #include "api.h"
+#include "bulk_job.h"
 #include "clock.h"
 #include "history.h"
 #include "ledger.h"
@@ -368,6 +369,11 @@ sender_advice(const Sender *sender)
 						sender->pause_reason);
 	if (sender->rt.lane.outages > 0 || sender->bulk.lane.outages > 0)
 		return "Userpilot does not answer; everything stays queued and delivery resumes by itself";
+	if (sender->rt.lane.throttled > 0 || sender->bulk.lane.throttled > 0)
+		return "Userpilot asks to wait (429); delivery goes on by itself";
+	if (bulk_overdue(&sender->bulk, clock_now()))
+		return psprintf("job " INT64_FORMAT " is overdue at Userpilot, as userpilot_jobs shows; what is newer of its records goes out beside it",
+						sender->bulk.current->job.id);
 	if (sender->bulk.waiting_for_slot)
 		return "another job runs at Userpilot (a dashboard import, another client, or another database with this key); bulk delivery goes on when it ends";
 	return NULL;

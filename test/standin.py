@@ -74,6 +74,9 @@ or, for the next job accepted, whatever else happens to its request, one of
   {"job": "unknown_status"}    an unknown status from processing to the end
   {"job": "slow", "factor": X}  it takes X times as long
   {"job": "terse"}             the 202 holds only what the guide's example does
+  {"job": "numbered"}          its id is a number
+  {"job": "mute"}              it never leaves pending_refresh, and no answer
+                               says of how many rows
 """
 import argparse
 import base64
@@ -440,6 +443,8 @@ class Job:
         self.id = str(uuid.UUID(int=random.getrandbits(128), version=4))
         if number % 2:
             self.id = "bulk:jobs:NX-ac54070e:" + self.id
+        if fault.get("job") == "numbered":
+            self.id = str(10 ** 15 + number)
         self.rows = random.sample(rows, len(rows))
         self.outcome = "completed"
         if fault.get("job") == "fail_half":
@@ -470,7 +475,7 @@ class Job:
             del self.phases[2:]
         elif fault == "unknown_status":
             self.phases[2][0] = self.phases[3][0] = "compacting"
-        elif fault == "stuck":
+        elif fault in ("stuck", "mute"):
             status = self.fault.get("status", "pending_refresh")
             if status not in STATUSES:
                 self.phases[2][0] = status
@@ -507,8 +512,10 @@ class Job:
     def show(self, now):
         """The job object, as the list and the 202 have it."""
         end = self.phases[-1][1]
-        return {
-            "job_id": self.id, "status": self.status(now),
+        fault = self.fault.get("job")
+        shown = {
+            "job_id": int(self.id) if fault == "numbered" else self.id,
+            "status": self.status(now),
             "type": "%s_bulk_identify" % self.kind,
             "filename": self.filename,
             "file_size": self.size if self.number % 2 else str(self.size),
@@ -518,11 +525,15 @@ class Job:
             "end_time": iso(end) if now >= end else None,
             "links": "%s/%s" % (JOBS_PATH,
                                 urllib.parse.quote(self.id, safe=""))}
+        if fault == "mute":
+            del shown["total_rows"]
+        return shown
 
     def show_progress(self, now):
         """The job object, as a poll has it."""
         shown = self.show(now)
-        shown["completed_rows"] = self.applied
+        if self.fault.get("job") != "mute":
+            shown["completed_rows"] = self.applied
         elapsed = min(now, self.phases[-1][1]) - self.start
         shown["elapsed_time"] = int(round(elapsed, 3))
         return shown
@@ -551,7 +562,8 @@ ACTIONS = {                     # action: (type of its value, other fields)
     "job": (str, {"rows": int, "status": str, "factor": NUMBER}),
 }
 JOB_FAULTS = {                  # its own field and that field's default
-    "fail_half": None, "fail_none": None, "terse": None,
+    "fail_half": None, "fail_none": None, "terse": None, "numbered": None,
+    "mute": None,
     "unknown_status": None, "short": ("rows", 1),
     "stuck": ("status", "pending_refresh"), "slow": ("factor", 3)}
 

@@ -77,6 +77,7 @@ my %fates = (
 	'in an odd status'    => [ { job => 'unknown_status' }, 1, 'completed 30' ],
 	'slow'                => [ { job => 'slow', factor => 200 }, 1, 'completed 30' ],
 	'accepted in brief'   => [ { job => 'terse' }, 1, 'completed 30' ],
+	'with a number as id' => [ { job => 'numbered' }, 1, 'completed 30' ],
 );
 
 foreach my $name (sort keys %fates)
@@ -121,6 +122,7 @@ my $overdue = eval {
 		12);
 };
 ok($overdue, '... and not even those once it is overdue');
+until_true('status says so', sub { return status($node, 'postgres')->{advice} =~ /^job [0-9]+ is overdue/ });
 $api->finish_jobs;
 $api->no_faults;
 delivered($node, 'postgres');
@@ -129,6 +131,12 @@ all_there('a stuck job that ends after all');
 # All was applied, but the refresh does not end: 3 seconds later that is over
 survives('a refresh that does not end', { job => 'stuck' }, bulk_path(), 'bulk', qr/^acknowledged$/);
 is(jobs_said(), 'completed 31', '... and the job is completed');
+$api->finish_jobs;
+
+# Without the counts that is not believed
+survives('a refresh that does not end, and tells nothing', { job => 'mute' }, bulk_path(), 'bulk', qr/^acknowledged$/);
+is(sql('SELECT status, error FROM userpilot_jobs'), 'dissolved|the job is "pending_refresh", and overdue',
+	'... and the job is given up');
 $api->finish_jobs;
 
 # Nobody knows what this status means: record by record, and the slot may be free
@@ -281,6 +289,18 @@ foreach my $name (sort keys %silent)
 		times => undef);
 	is(jobs_said(), 'dissolved 32', '... is over when the list says so');
 }
+
+# --- answers of another shape, or of another job ---
+
+survives('a list with pages', { status => 200, body => '{"page":1,"jobs":[]}' }, '^/v1/background_jobs$', 'bulk',
+	qr/^acknowledged$/, times => 1);
+is(jobs_said(), 'completed 32', '... is a list');
+survives('a list with an error in it', { status => 200, body => '{"errors":[{"message":"no"}]}' },
+	'^/v1/background_jobs$', 'bulk', qr/back-off/, times => 1);
+survives('a poll that tells of another job',
+	{ status => 200, body => '{"job_id":"another","status":"completed","total_rows":32,"completed_rows":32}' },
+	'^/v1/background_jobs/.', 'bulk', qr/back-off/, times => 1);
+is(jobs_said(), 'completed 32', '... is not believed');
 
 is(dead_letters($node, 'postgres'), 0, 'nothing died');
 is($api->counters->{conflicts_own}, $met, 'no job of ours met another of ours, but those that nothing told of');

@@ -454,8 +454,8 @@ test_job_end(void)
 	check(passes, "how a job ended");
 	passes = delivery_job_end("processing", 100, 100, 100, true) == DELIVERY_JOB_RUNNING &&
 		delivery_job_end("pending_refresh", 100, 100, 100, true) == DELIVERY_JOB_COMPLETED &&
-		delivery_job_end("pending_refresh", 100, 100, 99, true) == DELIVERY_JOB_RUNNING &&
-		delivery_job_end("pending_refresh", 100, -1, -1, true) == DELIVERY_JOB_RUNNING &&
+		delivery_job_end("pending_refresh", 100, 100, 99, true) == DELIVERY_JOB_STRANGE &&
+		delivery_job_end("pending_refresh", 100, -1, -1, true) == DELIVERY_JOB_STRANGE &&
 		delivery_job_end("cancelled", 100, 100, 100, true) == DELIVERY_JOB_STRANGE &&
 		delivery_job_end("", 100, -1, -1, true) == DELIVERY_JOB_STRANGE &&
 		delivery_job_end("failed", 100, 100, 100, true) == DELIVERY_JOB_FAILED;
