@@ -52,6 +52,9 @@ typedef struct Started
 
 static Started *started;
 
+/* Databases that may not all have counted yet, in TopMemoryContext */
+static List *visited = NIL;
+
 /* Every database one can connect to; in CurrentMemoryContext */
 static List *
 all_databases(void)
@@ -214,25 +217,40 @@ is_visited(Oid database)
 }
 
 /*
- * One database after the other, so that visits take few worker slots.  When
- * all have counted what their ledgers say, calls may be made.
+ * When all have counted what their ledgers say, calls may be made.  A worker may
+ * have been stopped before: another is started soon, unless its database is gone.
  */
+static void
+open_if_counted(void)
+{
+	ListCell   *lc;
+
+	if (visited == NIL)
+		return;
+	foreach(lc, visited)
+		if (!state_launcher_counted(lfirst_oid(lc)) && is_connectable(lfirst_oid(lc)))
+			return;
+	quota_open();
+	list_free(visited);
+	visited = NIL;
+}
+
+/* One database after the other, so that visits take few worker slots */
 static void
 visit_all(void)
 {
-	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "userpilot visit",
-												  ALLOCSET_SMALL_SIZES);
-	MemoryContext old = MemoryContextSwitchTo(context);
-	List	   *databases = all_databases();
+	MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
 	ListCell   *lc;
-	bool		counted = true;
+	bool		all = true;
 
+	list_free(visited);
+	visited = all_databases();
 	MemoryContextSwitchTo(old);
-	foreach(lc, databases)
+	foreach(lc, visited)
 	{
 		int64		began = clock_now();
 
-		counted &= state_launcher_visit(lfirst_oid(lc));
+		all &= state_launcher_visit(lfirst_oid(lc));
 		(void) start_wanted();
 		while (!is_visited(lfirst_oid(lc)) &&
 			   clock_real_ms(clock_now() - began) < VISIT_MS)
@@ -241,11 +259,13 @@ visit_all(void)
 			notice_ends();
 			(void) start_wanted();
 		}
-		counted &= state_launcher_counted(lfirst_oid(lc));
 	}
-	if (counted)
-		quota_open();
-	MemoryContextDelete(context);
+	if (!all)
+	{
+		/* what has no slot cannot be counted */
+		list_free(visited);
+		visited = NIL;
+	}
 }
 
 void
@@ -275,6 +295,7 @@ userpilot_launcher_main(Datum arg)
 		}
 		notice_ends();
 		timeout = start_wanted();
+		open_if_counted();
 		nap(timeout);
 	}
 }

@@ -290,6 +290,25 @@ foreach my $db ('one', 'two', 'three')
 $small->safe_psql('postgres', q{SELECT userpilot_identify_company('again', '{}')});
 delivered($small, 'postgres');
 ok($api->entity('companies', 'again'), '... and so does the first one still');
+
+# --- no call before all have counted; one whose worker was stopped counts later ---
+
+my $late = new_node('late', scale => 1);
+
+create_environment($late, 'postgres', $api);
+$late->safe_psql('postgres', 'CREATE DATABASE other');
+$late->safe_psql('other', q{CREATE EXTENSION userpilot;
+	BEGIN; LOCK TABLE userpilot_enabled; PREPARE TRANSACTION 'other'});
+$late->restart;
+$late->safe_psql('postgres', q{SELECT userpilot_identify_company('late', '{}')});
+$late->poll_query_until('postgres',
+	q{SELECT count(pg_terminate_backend(pid)) = 1 FROM pg_stat_activity
+		WHERE backend_type = 'userpilot worker' AND datname = 'other' AND wait_event_type = 'Lock'})
+  or die 'no worker waits';
+ok(!$api->entity('companies', 'late'), 'nothing is called while a database has not counted');
+$late->safe_psql('other', q{ROLLBACK PREPARED 'other'});
+takes('the first call', 30, sub { delivered($late, 'postgres') });
+ok($api->entity('companies', 'late'), '... comes once it has');
 no_violations($api, 'stops');
 
 done_testing();
