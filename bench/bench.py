@@ -22,8 +22,9 @@ ROWS = {**enqueue.ROWS, **deliver.ROWS}
 # What is measured: the full size, and the one that only shows that it runs
 SIZES = {
     "loop": (100000, 9000), "million": (1000000, 10000),
-    # turns of each side, and about how many seconds one takes
-    "autocommit": ((101, 0.25), (3, 0.1)),
+    # turns of each side with and without waiting for the disk, and about how
+    # many seconds one takes
+    "autocommit": ((151, 61, 0.25), (3, 3, 0.1)),
     "trigger": (200000, 10000), "bulk": (1000000, 50000),
     "prepare": ((1000000, 200000), (30000, 15000)),
     "backlog": ((10000000, 1000000), (100000, 50000)),

@@ -119,8 +119,8 @@ def autocommit(bench):
                 return pgbench(bench, scripts[name], *how)
             return run
 
-        turns, seconds = bench.size("autocommit")
-        for synchronous, target in (("on", 0.97), ("off", 0.9)):
+        on, off, seconds = bench.size("autocommit")
+        for synchronous, target, turns in (("on", 0.97, on), ("off", 0.9, off)):
             for clients in (1, 2, 8):
                 # turns of both are equally long in transactions
                 warm = side("baseline", clients, synchronous, 1000)()
