@@ -369,12 +369,40 @@ object_at(JsonbContainer *array, int i)
 	return value->val.binary.data;
 }
 
+bool
+api_same_job(const char *a, const char *b)
+{
+	size_t		longer = Max(strlen(a), strlen(b));
+	size_t		shorter = Min(strlen(a), strlen(b));
+	const char *end = (strlen(a) > strlen(b) ? a : b) + longer - shorter;
+
+	return strcmp(end, strlen(a) > strlen(b) ? b : a) == 0 &&
+		(longer == shorter || (shorter > 0 && end[-1] == ':'));
+}
+
+/* Whether one of its elements can be read as a job */
+static bool
+has_job(JsonbContainer *array)
+{
+	ApiJob		job;
+
+	for (uint32 i = 0; i < JsonContainerSize(array); i++)
+	{
+		JsonbContainer *object = object_at(array, i);
+
+		if (object != NULL && read_job_object(object, &job))
+			return true;
+	}
+	return false;
+}
+
 /* The array that a page of a list is, or that it holds beside what it says of
- * pages; NULL: there is none, or more than one */
+ * pages, or of errors; NULL: there is none, or it cannot be told */
 static JsonbContainer *
 list_of(JsonbContainer *page)
 {
 	JsonbContainer *array = NULL;
+	bool		unclear = false;
 	JsonbIterator *it;
 	JsonbValue	v;
 
@@ -384,14 +412,19 @@ list_of(JsonbContainer *page)
 	(void) JsonbIteratorNext(&it, &v, true);
 	while (JsonbIteratorNext(&it, &v, true) == WJB_KEY)
 	{
+		bool		errors = v.val.string.len == 6 && strncmp(v.val.string.val, "errors", 6) == 0;
+
 		(void) JsonbIteratorNext(&it, &v, true);
 		if (v.type != jbvBinary || !JsonContainerIsArray(v.val.binary.data))
 			continue;
-		if (array != NULL)
-			return NULL;
+		if (has_job(v.val.binary.data))
+			return v.val.binary.data;
+		if (errors)
+			continue;
+		unclear = array != NULL;
 		array = v.val.binary.data;
 	}
-	return array;
+	return unclear ? NULL : array;
 }
 
 /*

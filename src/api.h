@@ -46,6 +46,9 @@ extern const char *api_submit_path(UserpilotKind kind);
  */
 
 /* false: not JSON of that shape */
+/* One id has two forms: the short one ends the long one, after a colon */
+extern bool api_same_job(const char *a, const char *b);
+
 extern bool api_read_job(const char *body, size_t len, ApiJob *job);
 
 /*

@@ -255,10 +255,12 @@ judge(Sender *sender, const HttpResult *result, const ApiJob *job, bool listed, 
 	int			records = bulk->current->job.records;
 
 	note_poll(sender, result, job);
-	if (listed && strcmp(job->status, "completed") == 0 && job->completed_rows < 0)
+	if (listed && job->completed_rows < 0 &&
+		(strcmp(job->status, "completed") == 0 ||
+		 (strcmp(job->status, "pending_refresh") == 0 && bulk_overdue(bulk, now))))
 	{
 		if (bulk->said_over)
-			bulk_dissolved(sender, "completed, but nothing says with how many records");
+			bulk_dissolved(sender, psprintf("%s, but nothing says with how many records", job->status));
 		else
 			bulk_enter(bulk, BULK_RUNNING, now);
 		bulk->said_over = true;
@@ -310,7 +312,7 @@ find_ours(const Job *job, const ApiJob *jobs, int n)
 {
 	for (int i = 0; i < n; i++)
 	{
-		if (job->job_id != NULL ? strcmp(jobs[i].job_id, job->job_id) == 0 :
+		if (job->job_id != NULL ? api_same_job(jobs[i].job_id, job->job_id) :
 			job->filename != NULL && strcmp(jobs[i].filename, job->filename) == 0)
 			return &jobs[i];
 	}
@@ -424,7 +426,7 @@ bulk_answered(Sender *sender, HttpResult *result, int64 now)
 		answer.understood = call == DELIVERY_LIST ?
 			api_read_jobs(result->body, result->body_len, &jobs, &n) :
 			api_read_job(result->body, result->body_len, &job) &&
-			(call != DELIVERY_POLL || strcmp(job.job_id, bulk->current->job.job_id) == 0);
+			(call != DELIVERY_POLL || api_same_job(job.job_id, bulk->current->job.job_id));
 	answer.again = *failed_since != 0;
 	answer.others_succeed = Max(bulk->lane.last_success, sender->rt.lane.last_success) >
 		(answer.again ? *failed_since : bulk->call_started);

@@ -277,7 +277,7 @@ add_key(MergeEntity *entity, const char *name, int namelen, int place)
 		memcpy(key->name, name, namelen);
 	key->name[namelen] = '\0';
 	key->namelen = namelen;
-	entity->bytes += namelen;
+	entity->bytes += namelen + sizeof(MergeKey);
 	return entity->nkeys++;
 }
 
@@ -566,7 +566,7 @@ merge_finish(MergeEntity *entity)
 			entity->more = true;
 		}
 		nsend += key->send ? 1 : 0;
-		bytes += key->namelen + (key->send ? key->sending.len : key->value.len);
+		bytes += key->namelen + (key->send ? key->sending.len : key->known ? key->value.len : 0);
 	}
 	/* what is there stays, whatever its size */
 	if (nsend > 0 && (entity->nkeys > MERGE_MAX_KEYS || bytes > MERGE_MAX_BYTES))

@@ -136,7 +136,7 @@ typedef struct MergeEntity
 	MergeKey   *keys;
 	int			next;			/* where the next key is likely to be */
 	int		   *sorted;			/* indexes into keys, in some order of names */
-	int64		bytes;			/* of names, and of values folded in */
+	int64		bytes;			/* of keys, and of values folded in */
 	bool		too_much;		/* what is folded in is beyond the bounds: not to
 								 * be sent */
 	bool		more;			/* set by merge_finish: another body is needed */

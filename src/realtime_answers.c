@@ -39,6 +39,14 @@ realtime_give_back(Sender *sender)
 		quota_calls_return(dlist_container(Pending, node, iter.cur)->application, 1);
 }
 
+/* They are counted until an answer is final */
+static void
+forget_attempts(Sender *sender, Profile *profile)
+{
+	profile->attempts = 0;
+	profiles_set_attempts(sender->env->server, &profile, 1);
+}
+
 void
 realtime_bury(Sender *sender, Pending *pending, const HttpResult *result, const char *error)
 {
@@ -54,17 +62,13 @@ realtime_bury(Sender *sender, Pending *pending, const HttpResult *result, const 
 		rows[r] = *pending->rows[r];
 	if (queue_bury(rows, pending->nsent, &why) < (uint64) pending->nsent)
 		sender->rt.moved = true;
+	for (int r = 0; r < pending->nsent; r++)
+		if (pending->solo || realtime_backlogged(sender))
+			bulk_row_gone(sender, pending->key.kind, rows[r].batch);
+	forget_attempts(sender, &pending->profile);
 	ereport(LOG,
 			(errmsg("userpilot: %s \"%s\" went to userpilot_dead_letters: %s",
 					userpilot_kind_name(pending->key.kind), pending->key.id, error)));
-}
-
-/* They are counted until an answer is final */
-static void
-forget_attempts(Sender *sender, Profile *profile)
-{
-	profile->attempts = 0;
-	profiles_set_attempts(sender->env->server, &profile, 1);
 }
 
 /* One answer; entities to learn are collected in learned */
@@ -128,7 +132,6 @@ answered(Sender *sender, Pending *pending, const HttpResult *result, int64 now,
 			break;
 		case DELIVERY_DEAD:
 			realtime_bury(sender, pending, result, error);
-			forget_attempts(sender, profile);
 			pending_drop_sent(rt, pending);
 			break;
 		case DELIVERY_BACKOFF:

@@ -78,11 +78,6 @@ count_recent_calls(const Sender *sender, const Environment *env)
 					 clock_now());
 }
 
-/*
- * Calls in flight hold copies of what they need, so the old environment can
- * go.  A paused server comes back when endpoint or key have changed.  What is
- * excluded from now on must not leave with what was prepared before.
- */
 /* Of a key that cannot be had; one that was refused is known by its fingerprint */
 static void
 log_key(const Environment *before, const Environment *now)
@@ -97,6 +92,11 @@ log_key(const Environment *before, const Environment *now)
 		ereport(LOG, (errmsg("userpilot: server \"%s\" resumes: it has a key", now->server)));
 }
 
+/*
+ * Calls in flight hold copies of what they need, so the old environment can
+ * go.  A paused server comes back when endpoint or key have changed.  What is
+ * excluded from now on must not leave with what was prepared before.
+ */
 bool
 sender_reload(Sender *sender)
 {

@@ -28,9 +28,10 @@
 #define HELP_ROWS 10000
 #define HELP_BYTES (8 * 1024 * 1024)
 
-/* What the entities of a group may come to together; one of them alone may
- * come to what a merge holds */
-#define GROUP_BYTES (64 * 1024 * 1024)
+/* What the entities of a group may come to together, as merges and as copies;
+ * one of them alone may come to what a merge holds */
+#define GROUP_BYTES (128 * 1024 * 1024)
+#define GROUP_COPIED (64 * 1024 * 1024)
 
 typedef enum SweepSort
 {
@@ -49,7 +50,7 @@ typedef struct Swept
 	int			maxrows;
 	JobRow	   *rows;
 	List	   *copies;
-	Size		copied;			/* bytes of them */
+	Size		bytes;			/* of the rows */
 	bool		raised;			/* a version rose though nothing is sent */
 } Swept;
 
@@ -86,7 +87,8 @@ typedef struct Sweep
 	Swept	   *swept[PLAN_GROUP];
 	int			nswept;
 	int			njob;
-	int64		folded;			/* bytes of their merges */
+	int64		folded;			/* bytes of their merges ... */
+	Size		copied;			/* ... and copies */
 } Sweep;
 
 /* ------------------------------------------------------------- the pass */
@@ -273,25 +275,31 @@ evict(Sweep *sweep, Swept *swept)
 		merge_free(swept->profile.merge);
 		sweep->njob--;
 	}
+	else
+		sweep->copied -= swept->bytes;
 	for (int i = 0; i < list_length(swept->copies); i++)
 		queue_row_free(list_nth(swept->copies, i));
 	swept->copies = NIL;
+	if (swept->sort == SWEEP_SOLO)
+		sweep->solo_seen = sweep->solo_waits = true;
+	else
+		sweep->left_out = true;
 	swept->sort = SWEEP_EVICTED;
-	sweep->left_out = true;
 }
 
-/* Whole rows are held until they are sent: not many large ones of one entity,
- * which is for a job then */
+/* Whole rows are held until they are sent: what is too many for that even if
+ * nothing else is held is for a job */
 static void
-copy_row(Sweep *sweep, Swept *swept, const QueueRow *row)
+copy_row(Sweep *sweep, Swept *swept, const QueueRow *row, Size bytes)
 {
-	Size		bytes = toast_raw_datum_size(PointerGetDatum(row->metadata));
-
-	swept->copied += bytes;
-	if (swept->copies != NIL && swept->copied > HELP_BYTES)
+	sweep->copied += bytes;
+	if (sweep->copied > GROUP_COPIED && sweep->copied > bytes)
 	{
-		if (swept->sort == SWEEP_SOLO)
+		if (swept->sort == SWEEP_SOLO && swept->bytes > GROUP_COPIED)
+		{
 			entities_delete(sweep->sender->bulk.solo, swept->profile.key);
+			sweep->left_out = true;
+		}
 		evict(sweep, swept);
 		return;
 	}
@@ -307,18 +315,20 @@ static void
 add_row(Sweep *sweep, Swept *swept, const QueueRow *row)
 {
 	MergeEntity *merge = swept->profile.merge;
+	Size		bytes = toast_raw_datum_size(PointerGetDatum(row->metadata));
 
 	if (swept->sort == SWEEP_EVICTED)
 		return;
+	swept->bytes += bytes;
 	if (swept->sort != SWEEP_JOB)
 	{
-		copy_row(sweep, swept, row);
+		copy_row(sweep, swept, row, bytes);
 		return;
 	}
 	sweep->folded -= merge->bytes;
 	queue_fold(merge, &sweep->sender->bulk.batches, &sweep->sender->env->shape, row);
 	sweep->folded += merge->bytes;
-	if (sweep->folded > GROUP_BYTES && sweep->njob > 1)
+	if (sweep->folded > GROUP_BYTES && sweep->njob > 1 && !merge->too_much)
 	{
 		evict(sweep, swept);
 		return;
@@ -447,13 +457,37 @@ finish_nothing(Sweep *sweep, Swept **nothing, int n)
 }
 
 static void
-bury(Swept *swept, const char *error)
+bury(Sweep *sweep, Swept *swept, const char *error)
 {
 	QueueFailure why = {.error = error,.attempts = swept->profile.attempts};
+	EntityKey	key = swept->profile.key;
 	int			total;
 	QueueRow   *rows = whole_rows(&swept, 1, &total);
 
 	(void) queue_bury(rows, total, &why);
+	for (int r = 0; r < swept->nrows; r++)
+		bulk_row_gone(sweep->sender, key.kind, swept->rows[r].batch);
+	ereport(LOG,
+			(errmsg("userpilot: %s \"%s\" went to userpilot_dead_letters: %s",
+					userpilot_kind_name(key.kind), key.id, error)));
+}
+
+/*
+ * Why it can never be sent, or NULL.  What is more than can be held alone gets
+ * no answer of its own, so it goes from job to job; not for ever, as it may be
+ * what they are refused for.
+ */
+static const char *
+never_sent(const Sweep *sweep, const Swept *swept)
+{
+	const Profile *profile = &swept->profile;
+
+	if (profile->merge->too_much)
+		return sender_too_much(profile->key.kind);
+	if (swept->bytes > GROUP_COPIED && profile->attempts >= sweep->sender->env->max_attempts)
+		return psprintf("%d jobs with it were not completed, and its rows are too many to be sent alone",
+						profile->attempts);
+	return NULL;
 }
 
 /*
@@ -467,7 +501,7 @@ bury_oversized(Sweep *sweep, Swept *swept, int bytes)
 
 	merge_mark(profile->merge);
 	profiles_write(sweep->sender->env->server, &profile, 1, PROFILE_MARKED);
-	bury(swept, psprintf("the record has %d bytes; Userpilot takes 50 MB in one request", bytes));
+	bury(sweep, swept, psprintf("the record has %d bytes; Userpilot takes 50 MB in one request", bytes));
 }
 
 static bool
@@ -537,10 +571,11 @@ decide(Sweep *sweep)
 	{
 		MergeEntity *merge = job[i]->profile.merge;
 		int			nsend = merge_finish(merge);
+		const char *error = never_sent(sweep, job[i]);
 
-		if (merge->too_much)
+		if (error != NULL)
 		{
-			bury(job[i], sender_too_much(job[i]->profile.key.kind));
+			bury(sweep, job[i], error);
 			continue;
 		}
 		if (nsend > 0 || !job[i]->profile.exists)
@@ -588,7 +623,7 @@ sweep_unit(Sweep *sweep, const PlanUnit *unit, bool solo)
 					sweep_passed_over, sweep);
 		decide(sweep);
 		sweep->nswept = sweep->njob = 0;
-		sweep->folded = 0;
+		sweep->folded = sweep->copied = 0;
 		start = unit->ends[g];
 		MemoryContextSwitchTo(old);
 		MemoryContextReset(sweep->group_context);

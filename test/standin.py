@@ -75,6 +75,8 @@ or, for the next job accepted, whatever else happens to its request, one of
   {"job": "slow", "factor": X}  it takes X times as long
   {"job": "terse"}             the 202 holds only what the guide's example does
   {"job": "numbered"}          its id is a number
+  {"job": "bare"}              the 202 has only the end of its id, after the
+                               last colon, as the guide's example
   {"job": "mute"}              it never leaves pending_refresh, and no answer
                                says of how many rows
 """
@@ -441,7 +443,7 @@ class Job:
         self.start = now
         self.applied = 0
         self.id = str(uuid.UUID(int=random.getrandbits(128), version=4))
-        if number % 2:
+        if number % 2 or fault.get("job") == "bare":
             self.id = "bulk:jobs:NX-ac54070e:" + self.id
         if fault.get("job") == "numbered":
             self.id = str(10 ** 15 + number)
@@ -563,7 +565,7 @@ ACTIONS = {                     # action: (type of its value, other fields)
 }
 JOB_FAULTS = {                  # its own field and that field's default
     "fail_half": None, "fail_none": None, "terse": None, "numbered": None,
-    "mute": None,
+    "mute": None, "bare": None,
     "unknown_status": None, "short": ("rows", 1),
     "stuck": ("status", "pending_refresh"), "slow": ("factor", 3)}
 
@@ -820,7 +822,10 @@ class Api:
             if fault and fault["job"] == "terse":
                 return 202, to_json({"job_id": job.id, "status": "queued",
                                      "submitted_at": iso(now)})
-            return 202, to_json(job.show(now))
+            shown = job.show(now)
+            if fault and fault["job"] == "bare":
+                shown["job_id"] = job.id.split(":")[-1]
+            return 202, to_json(shown)
 
     def add_job(self, kind, filename, size, rows, now, **others):
         """Puts a job into the free slot.  Lock held."""
@@ -846,7 +851,10 @@ class Api:
             raise Refusal(404, "the job id is not percent-encoded")
         with self.lock:
             now = self.advance()
-            job = self.jobs.get(urllib.parse.unquote(argument))
+            wanted = urllib.parse.unquote(argument)
+            job = self.jobs.get(wanted) or next(
+                (j for j in self.jobs.values() if j.fault.get("job") == "bare"
+                 and j.id.endswith(":" + wanted)), None)
             if job is None:
                 raise Refusal(404, "no such job", wrong=False)
             return 200, to_json(job.show_progress(now))

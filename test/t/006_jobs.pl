@@ -77,6 +77,7 @@ my %fates = (
 	'in an odd status'    => [ { job => 'unknown_status' }, 1, 'completed 30' ],
 	'slow'                => [ { job => 'slow', factor => 200 }, 1, 'completed 30' ],
 	'accepted in brief'   => [ { job => 'terse' }, 1, 'completed 30' ],
+	'with a shorter id'   => [ { job => 'bare' }, 1, 'completed 30' ],
 	'with a number as id' => [ { job => 'numbered' }, 1, 'completed 30' ],
 );
 

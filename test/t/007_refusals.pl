@@ -129,8 +129,8 @@ oracle_equals($node, 'postgres', $api, 'resumes with the key file',
 	companies => q{SELECT * FROM account_meta});
 
 # A file that cannot be used pauses too
+$node->poll_query_until('postgres', 'SELECT userpilot_worker_pid() IS NULL') or die 'the worker stays';
 chmod 0644, $key_file or die "chmod: $!";
-$node->poll_query_until('postgres', 'SELECT userpilot_worker_pid() IS NULL');
 change();
 until_true('the file is refused',
 	sub { return status($node, 'postgres')->{advice} =~ /readable by everyone/ });

@@ -222,18 +222,33 @@ until_true('20 rows of 32 MB are dead',
 cmp_ok($most_memory, '>', 0, "... the worker's memory was seen");
 cmp_ok($most_memory, '<', 400, '... and was some of theirs');
 delivered($node, 'postgres');
+until_true('nothing is said to be pending', sub { return sql('SELECT sum(pending) FROM userpilot_batches') == 0 });
 oracle_equals($node, 'postgres', $api, '... the others are delivered', @all);
 
 # Each of these has its place in a group with its first row
 start_over();
 sql(q{TRUNCATE accounts;
 	INSERT INTO accounts SELECT i, jsonb_build_object('first', i) || (
-		SELECT jsonb_object_agg('p' || j, repeat('x', 65000)) FROM generate_series(1, 400) j) FROM generate_series(1, 4) i;
+		SELECT jsonb_object_agg('p' || j, repeat('x', 65000)) FROM generate_series(1, 400) j) FROM generate_series(1, 6) i;
 	SELECT userpilot_bulk_identify_companies(id, metadata) FROM (
 		SELECT id, jsonb_build_object('first', id::int) AS metadata FROM accounts
 		UNION ALL SELECT id, metadata - 'first' FROM accounts) s});
 delivered($node, 'postgres');
 oracle_equals($node, 'postgres', $api, 'what is too large together goes in turn', @all);
+is(dead_letters($node, 'postgres'), 0, '... none of it is dead');
+
+# A job is dissolved of which each entity has rows of 35 MB: one by one they are
+# held, and sent
+start_over();
+$api->fault({ status => 422 }, match => { path => 'bulk_identify$' }, times => 1);
+sql(q{TRUNCATE accounts;
+	INSERT INTO accounts SELECT i, jsonb_build_object('r', 9) || (
+		SELECT jsonb_object_agg('p' || j, repeat('x', 65000)) FROM generate_series(1, 60) j) FROM generate_series(1, 4) i;
+	SELECT userpilot_bulk_identify_companies(id, metadata || jsonb_build_object('r', r)) FROM (
+		SELECT * FROM generate_series(1, 9) r, accounts ORDER BY r) s});
+delivered($node, 'postgres');
+is(sql('SELECT string_agg(status, \', \') FROM userpilot_jobs'), 'dissolved', 'a job of large entities is dissolved');
+oracle_equals($node, 'postgres', $api, '... and they go one by one', @all);
 is(dead_letters($node, 'postgres'), 0, '... none of it is dead');
 no_violations($api, 'more than is kept');
 
