@@ -369,17 +369,6 @@ object_at(JsonbContainer *array, int i)
 	return value->val.binary.data;
 }
 
-bool
-api_same_job(const char *a, const char *b)
-{
-	size_t		longer = Max(strlen(a), strlen(b));
-	size_t		shorter = Min(strlen(a), strlen(b));
-	const char *end = (strlen(a) > strlen(b) ? a : b) + longer - shorter;
-
-	return strcmp(end, strlen(a) > strlen(b) ? b : a) == 0 &&
-		(longer == shorter || (shorter > 0 && end[-1] == ':'));
-}
-
 /* Whether one of its elements can be read as a job */
 static bool
 has_job(JsonbContainer *array)
@@ -483,6 +472,18 @@ read_error(Jsonb *answer, void *result)
 }
 
 /* ---------- what others call ---------- */
+
+bool
+api_same_job(const char *a, const char *b)
+{
+	size_t		alen = strlen(a);
+	size_t		blen = strlen(b);
+
+	if (alen < blen)
+		return api_same_job(b, a);
+	return strcmp(a + alen - blen, b) == 0 &&
+		(alen == blen || (blen > 0 && a[alen - blen - 1] == ':'));
+}
 
 static MemoryContext
 answer_context(void)

@@ -12,9 +12,6 @@ extern void bulk_enter(Bulk *bulk, BulkState state, int64 at);
 /* How long the job should take (API ms) */
 extern int64 bulk_expected_ms(const Bulk *bulk);
 
-/* It takes far longer than that */
-extern bool bulk_overdue(const Bulk *bulk, int64 now);
-
 /* A job that never left is no more: what it holds is free */
 extern void bulk_put_back(Sender *sender, const Job *job);
 extern void bulk_refused(Sender *sender, const char *error, bool give_back);

@@ -182,6 +182,12 @@ property_label(const JsonbValue *name)
 					len < name->val.string.len ? "..." : "");
 }
 
+bool
+change_is_name(const char *name, int len)
+{
+	return len > 0 && !longer_than(name, len, USERPILOT_MAX_NAME_CHARS);
+}
+
 static void
 check_name(const JsonbValue *name)
 {
@@ -190,7 +196,7 @@ check_name(const JsonbValue *name)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("metadata has a property without a name"),
 				 errhint("Remove it: metadata - ''.")));
-	if (longer_than(name->val.string.val, name->val.string.len, USERPILOT_MAX_NAME_CHARS))
+	if (!change_is_name(name->val.string.val, name->val.string.len))
 		ereport(ERROR,
 				(errcode(ERRCODE_STRING_DATA_RIGHT_TRUNCATION),
 				 errmsg("name of %s is longer than %d characters",

@@ -17,6 +17,9 @@ extern bool change_is_id_type(Oid type);
  */
 extern text *change_id(Oid type, Datum value, bool isnull, const char *what);
 
+/* Whether a property can have that name: it is there, and within the limit */
+extern bool change_is_name(const char *name, int len);
+
 /* Raises unless it is an object of primitives within the API's limits */
 extern void change_check_metadata(Jsonb *metadata);
 

@@ -116,6 +116,6 @@ job_writer_finish(JobWriter *writer)
 			break;
 	}
 	old = MemoryContextSwitchTo(held->context);
-	jobs_set_size(job);
+	jobs_written(job);
 	MemoryContextSwitchTo(old);
 }

@@ -47,7 +47,7 @@ jobs_insert(const char *server, Job *job)
 }
 
 void
-jobs_set_size(Job *job)
+jobs_written(Job *job)
 {
 	static SqlStatement statement = SQL_STATEMENT(
 		"UPDATE @.userpilot_jobs SET format = $2, records = $3, bytes = $4, filename = $5 WHERE id = $1",

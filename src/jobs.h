@@ -32,8 +32,8 @@ typedef struct Job
 /* A new job in status prepared; sets its id.  Strings stay the caller's. */
 extern void jobs_insert(const char *server, Job *job);
 
-/* Size and format, known once the records are written; names the upload */
-extern void jobs_set_size(Job *job);
+/* Its records are: size and format are known, and an upload gets its name */
+extern void jobs_written(Job *job);
 extern void jobs_add_chunk(int64 job, int seq, const char *records, int len);
 
 /* What changed with an answer: any pointer may be NULL (left as it was) */

@@ -53,7 +53,7 @@ typedef struct Started
 static Started *started;
 
 /* Databases that may not all have counted yet, in TopMemoryContext */
-static List *visited = NIL;
+static List *uncounted = NIL;
 
 /* Every database one can connect to; in CurrentMemoryContext */
 static List *
@@ -225,14 +225,14 @@ open_if_counted(void)
 {
 	ListCell   *lc;
 
-	if (visited == NIL)
+	if (uncounted == NIL)
 		return;
-	foreach(lc, visited)
+	foreach(lc, uncounted)
 		if (!state_launcher_counted(lfirst_oid(lc)) && is_connectable(lfirst_oid(lc)))
 			return;
 	quota_open();
-	list_free(visited);
-	visited = NIL;
+	list_free(uncounted);
+	uncounted = NIL;
 }
 
 /* One database after the other, so that visits take few worker slots */
@@ -243,10 +243,10 @@ visit_all(void)
 	ListCell   *lc;
 	bool		all = true;
 
-	list_free(visited);
-	visited = all_databases();
+	list_free(uncounted);
+	uncounted = all_databases();
 	MemoryContextSwitchTo(old);
-	foreach(lc, visited)
+	foreach(lc, uncounted)
 	{
 		int64		began = clock_now();
 
@@ -263,8 +263,8 @@ visit_all(void)
 	if (!all)
 	{
 		/* what has no slot cannot be counted */
-		list_free(visited);
-		visited = NIL;
+		list_free(uncounted);
+		uncounted = NIL;
 	}
 }
 

@@ -12,7 +12,6 @@
 #include "access/detoast.h"
 #include "catalog/pg_type.h"
 #include "common/shortest_dec.h"
-#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/date.h"
@@ -171,8 +170,8 @@ push_null(const char *name, JsonbValue *value, void *arg)
 {
 	JsonbValue	null = {.type = jbvNull};
 
-	return value->type != jbvBinary && name[0] != '\0' &&
-		pg_mbstrlen(name) <= USERPILOT_MAX_NAME_CHARS && push_member(name, &null, arg);
+	return value->type != jbvBinary && change_is_name(name, strlen(name)) &&
+		push_member(name, &null, arg);
 }
 
 /* A value being made, which may turn out to be none that jsonb can hold */

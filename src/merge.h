@@ -8,8 +8,8 @@
  * hundred thousand.
  *
  * Changes are folded in one at a time, in any order but that rows of one
- * (lsn) come in physical order (each of a bulk SELECT has its own); memory per entity follows its keys, not
- * its changes.  Rows of one entity that share an lsn are to be folded in
+ * (lsn) come in physical order (each of a bulk SELECT has its own); memory per
+ * entity follows its keys, not its changes.  Rows of one entity that share an lsn are to be folded in
  * together: once one of them is acknowledged the others count as old.
  */
 #ifndef USERPILOT_MERGE_H

@@ -60,15 +60,12 @@ realtime_bury(Sender *sender, Pending *pending, const HttpResult *result, const 
 
 	for (int r = 0; r < pending->nsent; r++)
 		rows[r] = *pending->rows[r];
-	if (queue_bury(rows, pending->nsent, &why) < (uint64) pending->nsent)
+	if (sender_bury(pending->key, rows, pending->nsent, &why) < (uint64) pending->nsent)
 		sender->rt.moved = true;
 	for (int r = 0; r < pending->nsent; r++)
 		if (pending->solo || realtime_backlogged(sender))
 			bulk_row_gone(sender, pending->key.kind, rows[r].batch);
 	forget_attempts(sender, &pending->profile);
-	ereport(LOG,
-			(errmsg("userpilot: %s \"%s\" went to userpilot_dead_letters: %s",
-					userpilot_kind_name(pending->key.kind), pending->key.id, error)));
 }
 
 /* One answer; entities to learn are collected in learned */

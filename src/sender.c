@@ -10,7 +10,6 @@
 #include "utils/timestamp.h"
 
 #include "api.h"
-#include "bulk_job.h"
 #include "clock.h"
 #include "history.h"
 #include "ledger.h"
@@ -201,6 +200,17 @@ sender_delivered(Sender *sender, int64 records)
 	sender->delivered += records;
 	if (records > 0)
 		state_worker_progress();
+}
+
+uint64
+sender_bury(EntityKey key, const QueueRow *rows, int n, const QueueFailure *why)
+{
+	uint64		gone = queue_bury(rows, n, why);
+
+	ereport(LOG,
+			(errmsg("userpilot: %s \"%.*s\" went to userpilot_dead_letters: %s",
+					userpilot_kind_name(key.kind), key.len, key.id, why->error)));
+	return gone;
 }
 
 char *

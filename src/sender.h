@@ -227,6 +227,9 @@ extern DeliveryAnswer sender_answer(const Sender *sender, DeliveryCall call,
 									const HttpResult *result);
 extern double sender_random(void);
 
+/* Rows of an entity become dead letters, and the log says so; returns how many */
+extern uint64 sender_bury(EntityKey key, const QueueRow *rows, int n, const QueueFailure *why);
+
 /* Why an entity's changes are not sent, see MergeEntity.too_much */
 extern char *sender_too_much(UserpilotKind kind);
 extern char *sender_error_text(const HttpResult *result);
@@ -279,6 +282,8 @@ extern void bulk_row_gone(Sender *sender, UserpilotKind kind, int64 batch);
 /* What is left to do once a job is over: some of it, all of it */
 extern void bulk_done_step(Sender *sender);
 extern void bulk_done_finish(Sender *sender);
+/* The running job takes far longer than it should */
+extern bool bulk_overdue(const Bulk *bulk, int64 now);
 extern bool bulk_holds(const Sender *sender, EntityKey key, uint32 hash);
 /* ... for a running job that takes so long that newer changes go out beside it */
 extern bool bulk_holds_overdue(const Sender *sender, EntityKey key, int64 now);

@@ -464,12 +464,9 @@ bury(Sweep *sweep, Swept *swept, const char *error)
 	int			total;
 	QueueRow   *rows = whole_rows(&swept, 1, &total);
 
-	(void) queue_bury(rows, total, &why);
+	(void) sender_bury(key, rows, total, &why);
 	for (int r = 0; r < swept->nrows; r++)
 		bulk_row_gone(sweep->sender, key.kind, swept->rows[r].batch);
-	ereport(LOG,
-			(errmsg("userpilot: %s \"%s\" went to userpilot_dead_letters: %s",
-					userpilot_kind_name(key.kind), key.id, error)));
 }
 
 /*

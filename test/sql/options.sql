@@ -71,7 +71,7 @@ SELECT * FROM way('array', $$SELECT userpilot_identify_company(1, '{"a": {"b": [
 SELECT * FROM way('same name', $$SELECT userpilot_identify_company(1, '{"a": {"b": 1}, "a.b": 2}')$$);
 SELECT * FROM way('empty', $$SELECT userpilot_identify_company(1, '{"a": {}, "b": {"c": {}}}')$$);
 SELECT * FROM way('too many', $$SELECT userpilot_identify_company(1, jsonb_build_object('a', (SELECT jsonb_object_agg(i, i) FROM generate_series(1, 501) i)))$$);
--- names that grow with each level are too long long before memory is
+-- names that grow with each level are refused before they fill the memory
 SELECT * FROM way('deep', $$SELECT userpilot_identify_company(1, (repeat('{"a":', 600) || '1' || repeat('}', 600))::jsonb)$$);
 SELECT * FROM way('long and deep', $$SELECT userpilot_identify_company(1, ('{"' || repeat('k', 100000) || '":' || repeat('{"a":', 1000) || '1' || repeat('}', 1000) || '}')::jsonb)$$);
 SELECT * FROM way('many and deep', $$SELECT userpilot_identify_company(1, jsonb_build_object(repeat('k', 200), (SELECT jsonb_object_agg(i, i) FROM generate_series(1, 20000) i)))$$);
